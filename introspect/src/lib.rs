@@ -1,0 +1,26 @@
+//! A stopped or live guest kernel as data: address kinds, page walks, kernel identity, symbols, types,
+//! modules, tasks, stacks and log, read from guest memory and registers alone.
+//!
+//! Knows nothing of KVM or QEMU: it is written against [`target`], the two traits that every machine
+//! offers. All that is read from a guest is hostile: every loop is bounded, arithmetic is checked, and
+//! nothing here panics on what a guest holds.
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
+pub mod address;
+pub mod identity;
+pub mod kernel;
+pub mod modules;
+pub mod paging;
+pub mod stacks;
+pub mod symbols;
+pub mod target;
+pub mod tasks;
+pub mod types;
+pub mod unwind;
+pub mod vcpu;
+
+pub use address::{Gpa, GpaRange, Gva, GvaRange};
+pub use kernel::{AttachError, Kernel};
+pub use paging::{AddressSpace, KernelMemory, ReadError};
+pub use target::{PhysicalMemory, StoppedTarget, Target};
+pub use vcpu::{Activity, Vcpu};

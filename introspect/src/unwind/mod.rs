@@ -1,0 +1,99 @@
+//! From one frame to the next: ORC where the kernel has it, frame pointers where not.
+
+use serde::{Deserialize, Serialize};
+
+use crate::address::{Gva, GvaRange};
+use crate::kernel::{AttachError, Kernel};
+use crate::modules::Module;
+use crate::target::PhysicalMemory;
+
+/// How a frame came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrameKind {
+    /// The innermost frame of a running vCPU: `at` is its RIP.
+    Running,
+    /// A return address: the call ended at `at`, so it lies in the function that holds `at - 1`.
+    Call,
+    /// Where an interrupt or exception struck: `at` is the interrupted RIP itself.
+    Interrupted,
+}
+
+/// One frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frame {
+    /// Instruction pointer.
+    pub at: Gva,
+    /// What kind of pointer `at` is.
+    pub kind: FrameKind,
+    /// Stack pointer of that frame.
+    pub sp: Gva,
+}
+
+impl Frame {
+    /// The address to look up: within the call instruction for a return address.
+    #[must_use]
+    pub const fn lookup(&self) -> Gva {
+        match self.kind {
+            FrameKind::Call => self.at.wrapping_sub(1),
+            FrameKind::Running | FrameKind::Interrupted => self.at,
+        }
+    }
+}
+
+/// Why a trace may miss frames.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Unreliable {
+    /// No unwind table covers the address.
+    #[error("no unwind data for {0}")]
+    NoUnwindData(Gva),
+    /// The stack pointer left every known stack, or did not go up.
+    #[error("stack pointer {0} leads nowhere")]
+    StrayStackPointer(Gva),
+    /// An unwind entry of a kind that names no frame.
+    #[error("unwind entry at {0} is of no use there")]
+    UndefinedEntry(Gva),
+    /// More frames than any real stack has.
+    #[error("more than {0} frames")]
+    TooDeep(usize),
+    /// An exception frame that may lie in a function that had not set up its own frame.
+    #[error("interrupted at {0} with frame pointers only")]
+    Preempted(Gva),
+    /// Memory of the stack could not be read.
+    #[error("stack memory at {0} cannot be read")]
+    Unreadable(Gva),
+    /// It runs on a CPU that was not found among the vCPUs.
+    #[error("it runs on CPU {0}, which no stopped vCPU was matched to")]
+    NoVcpu(u32),
+}
+
+/// The frames of one stack, innermost first, and whether they are all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trace {
+    /// The frames found.
+    pub frames: Vec<Frame>,
+    /// `None`: complete to the entry from user mode or the first function of the thread.
+    pub unreliable: Option<Unreliable>,
+}
+
+/// The unwind tables of a kernel and its modules, copied, so that a stop does not read them again.
+#[derive(Debug, Default)]
+pub struct Unwinder {}
+
+impl Unwinder {
+    /// Copies the tables. Modules loaded later are unknown to it: their frames come out unreliable.
+    ///
+    /// # Errors
+    /// Tables in an unknown format.
+    pub fn load(
+        _kernel: &Kernel,
+        _physical: &dyn PhysicalMemory,
+        _modules: &[Module],
+    ) -> Result<Self, AttachError> {
+        Ok(Self {})
+    }
+
+    /// More text whose functions keep frames as `tables` say: the arena's own code.
+    pub fn add_text(&mut self, _text: GvaRange, _ips: Vec<Gva>, _entries: Vec<u8>) {}
+}

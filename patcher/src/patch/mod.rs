@@ -1,0 +1,197 @@
+//! What a patch is, independent of any one guest: the functions it replaces, the sections it brings and
+//! what they refer to. Owns the content; the bytes on disk are [`file`]'s business.
+
+pub mod file;
+
+use serde::{Deserialize, Serialize};
+
+/// A whole patch, as built.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Patch {
+    /// Name: unique on one VM, from the file name unless given. Letters, digits, `.`, `_`, `-`.
+    pub name: String,
+    /// What the guest must be.
+    pub requires: Requirement,
+    /// Functions that are replaced.
+    pub replaced: Vec<Replacement>,
+    /// Sections that go into the arena: new bodies of replaced functions, new functions, their data.
+    pub sections: Vec<Section>,
+    /// Everything that relocations name.
+    pub symbols: Vec<Symbol>,
+}
+
+/// Which kernel the patch was built for. What is `None` is left to run-pre matching.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Requirement {
+    /// The object patched: `vmlinux` or a module's name.
+    pub object: String,
+    /// `uname -r`.
+    pub release: Option<String>,
+    /// GNU build id of vmlinux, lower-case hex.
+    pub build_id: Option<String>,
+}
+
+/// One function to be replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replacement {
+    /// Its symbol in the guest.
+    pub name: String,
+    /// Which of several symbols of that name, from 1 as livepatch counts; `None`: found by run-pre
+    /// matching.
+    pub sympos: Option<u32>,
+    /// The function as the old object has it: what must be running now.
+    pub old: Code,
+    /// Cold parts the compiler split off (`name.cold`): verified and gated with it, never jumped to.
+    pub old_parts: Vec<Part>,
+    /// Index into [`Patch::sections`] of its new body, which starts at `new_offset`.
+    pub new_section: u32,
+    /// Offset of the new function's entry in that section.
+    pub new_offset: u64,
+}
+
+/// A split-off part of an old function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Its symbol in the guest.
+    pub name: String,
+    /// Its bytes.
+    pub code: Code,
+}
+
+/// Machine code as it stands in an object: bytes from the function's entry on, and what is to be filled
+/// in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Code {
+    /// The bytes, relocated fields as the object has them.
+    pub bytes: Vec<u8>,
+    /// Sorted by offset.
+    pub relocations: Vec<Relocation>,
+    /// Offsets the kernel may have rewritten: what run-pre tolerates there.
+    pub sites: Vec<Site>,
+}
+
+/// A place in code that a kernel rewrites at boot or while it runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Site {
+    /// Offset from the start of the code.
+    pub offset: u64,
+    /// Length in bytes as compiled.
+    pub len: u8,
+    /// Which kind.
+    pub kind: SiteKind,
+}
+
+/// Kinds of rewritten places.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SiteKind {
+    /// `call __fentry__`.
+    Fentry,
+    /// `ret`, or a jump to `__x86_return_thunk`.
+    Return,
+    /// Call or jump through `__x86_indirect_thunk_REG`, by the register's number in the x86 encoding.
+    Retpoline {
+        /// 0 rax to 15 r15.
+        register: u8,
+        /// A call; else a jump.
+        call: bool,
+    },
+    /// A static-key branch.
+    JumpLabel,
+    /// Call or tail jump to a `__SCT__` trampoline.
+    StaticCall,
+    /// An alternative with its replacements.
+    Alternative {
+        /// Each possible text of the site as the object has it, relocations applied to its own place.
+        replacements: Vec<Code>,
+    },
+    /// `endbr64`, sealed by the kernel where unused.
+    Endbr,
+    /// An `f0` prefix in `.smp_locks`.
+    LockPrefix,
+}
+
+/// Kinds of x86-64 relocations that kernel objects use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RelocationKind {
+    /// R_X86_64_PC32 and R_X86_64_PLT32: 32-bit, from the field's own address.
+    Relative32,
+    /// R_X86_64_64.
+    Absolute64,
+    /// R_X86_64_32.
+    Absolute32,
+    /// R_X86_64_32S.
+    Absolute32Signed,
+}
+
+/// One field to fill in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Relocation {
+    /// Offset of the field in its section or code.
+    pub offset: u64,
+    /// How.
+    pub kind: RelocationKind,
+    /// Index into [`Patch::symbols`].
+    pub symbol: u32,
+    /// Addend (RELA).
+    pub addend: i64,
+}
+
+/// A section of the new object that goes to the arena.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Section {
+    /// Name in the object.
+    pub name: String,
+    /// What it holds.
+    pub kind: SectionKind,
+    /// Alignment in bytes, a power of two up to 4096.
+    pub align: u64,
+    /// Bytes; zeroes for bss.
+    pub bytes: Vec<u8>,
+    /// Sorted by offset.
+    pub relocations: Vec<Relocation>,
+    /// Sites of new code that linking must treat.
+    pub sites: Vec<Site>,
+}
+
+/// What a section holds, which decides how the arena maps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SectionKind {
+    /// Code: read and execute.
+    Text,
+    /// Strings and constants: mapped like data, never executable.
+    ReadOnly,
+    /// New variables: read and write.
+    Data,
+}
+
+/// Something a relocation names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Symbol {
+    /// In the patch itself.
+    Own {
+        /// Name, for messages and `status`.
+        name: String,
+        /// Index into [`Patch::sections`].
+        section: u32,
+        /// Offset in it.
+        offset: u64,
+    },
+    /// In the guest, by name.
+    Guest {
+        /// Name in kallsyms.
+        name: String,
+        /// Which of several, from 1; `None`: unique, or read off the running code by run-pre matching.
+        sympos: Option<u32>,
+    },
+    /// Data of the *old* object that has no name of its own in the guest (string pools, anonymous
+    /// constants): only old code refers to it, and run-pre compares the bytes it names.
+    OldBytes {
+        /// The section's name in the object, for messages.
+        section: String,
+        /// What must be there.
+        bytes: Vec<u8>,
+    },
+}

@@ -1,0 +1,2 @@
+//! vmpatch command line.
+fn main() {}
