@@ -96,19 +96,63 @@ pub enum SiteKind {
         /// A call; else a jump.
         call: bool,
     },
-    /// A static-key branch.
-    JumpLabel,
+    /// A static-key branch (an entry of `__jump_table`, Linux v6.12 include/linux/jump_label.h). The
+    /// branch goes to `target` iff `(key->enabled != 0) ^ inverted`; else it falls through.
+    JumpLabel {
+        /// The `struct static_key`, low bits of the entry's key masked.
+        key: Reference,
+        /// Where the branch leads.
+        target: Reference,
+        /// Bit 0 of the entry's key.
+        inverted: bool,
+    },
     /// Call or tail jump to a `__SCT__` trampoline.
     StaticCall,
-    /// An alternative with its replacements.
+    /// An alternative with its replacements, in table order: the kernel lets the later one win.
     Alternative {
-        /// Each possible text of the site as the object has it, relocations applied to its own place.
-        replacements: Vec<Code>,
+        /// Each other text of the site.
+        replacements: Vec<Alternative>,
+    },
+    /// An immediate that the kernel fills in at boot (6.12 `runtime_ptr_*`, `runtime_shift_*`, Linux
+    /// v6.12 arch/x86/include/asm/runtime-const.h). `offset` and `len` are the immediate's own.
+    RuntimeConstant {
+        /// The variable whose value it becomes.
+        symbol: u32,
+        /// A one-byte shift count; else an eight-byte word.
+        shift: bool,
+    },
+    /// A call through `pv_ops` of a kernel that patches it in place (6.1 `.parainstructions`).
+    Paravirt {
+        /// Index of the pointer in `pv_ops`, as the entry has it.
+        slot: u8,
     },
     /// `endbr64`, sealed by the kernel where unused.
     Endbr,
     /// An `f0` prefix in `.smp_locks`.
     LockPrefix,
+}
+
+/// One other text of an alternative site (`struct alt_instr`, Linux v6.12
+/// arch/x86/include/asm/alternative.h).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alternative {
+    /// Number of the CPU feature, 32 times word plus bit, or of the bug after the feature words.
+    pub feature: u16,
+    /// Chosen where the feature is absent (`ALT_FLAG_NOT`).
+    pub negated: bool,
+    /// The replacement stands for a direct call to what `pv_ops` holds (`ALT_FLAG_DIRECT_CALL`).
+    pub direct_call: bool,
+    /// The replacement, at most as long as the site, fields as the object has them.
+    pub code: Code,
+}
+
+/// A place that a symbol and a distance name: the symbol's value plus `addend`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reference {
+    /// Index into [`Patch::symbols`].
+    pub symbol: u32,
+    /// Bytes from it.
+    pub addend: i64,
 }
 
 /// Kinds of x86-64 relocations that kernel objects use.
