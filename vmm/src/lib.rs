@@ -1,1 +1,5 @@
-//! vmm
+//! Virtual machines that can be stopped: our own KVM VMM, and the client of its control socket.
+//!
+//! Knows nothing of patches: it offers [`vmpatch_introspect::target`]'s traits and no more.
+
+pub mod memory;
