@@ -1,0 +1,173 @@
+//! The manifest: what the arena holds, kept in the arena itself, so that `status` and `rollback` work when
+//! the host's journal is lost. Whether a patch is applied is not written down: the patched sites say it.
+
+use serde::{Deserialize, Serialize};
+
+use vmpatch_introspect::target::{Edit, MemoryError};
+use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
+
+use crate::patch::SectionKind;
+
+/// All that one boot of one guest has in its arena.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The boot it belongs to ([`Identity::boot`](vmpatch_introspect::identity::Identity::boot)).
+    pub boot: String,
+    /// Counts up with each change; the valid copy with the higher one counts.
+    pub generation: u64,
+    /// First page of the slot that no extent has taken.
+    pub next_page: u32,
+    /// Patches placed so far, applied or not, oldest first.
+    pub patches: Vec<PatchRecord>,
+}
+
+/// One patch in the arena.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PatchRecord {
+    /// Its name.
+    pub name: String,
+    /// SHA-256 of its content, lower-case hex.
+    pub digest: String,
+    /// Pages it takes.
+    pub extents: Vec<Extent>,
+    /// Places in the guest's text that it changes.
+    pub sites: Vec<SiteRecord>,
+    /// Code that no task may stand in while it is applied or rolled back.
+    pub busy: Vec<BusyRange>,
+}
+
+/// A run of whole pages of the slot, mapped alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// First page.
+    pub page: u32,
+    /// How many.
+    pub pages: u32,
+    /// How they are mapped.
+    pub kind: SectionKind,
+}
+
+/// One place in the guest's text that a patch changes: the entry jump of one function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteRecord {
+    /// The function, for messages.
+    pub function: String,
+    /// Where.
+    pub at: Gva,
+    /// The same place in guest-physical memory, page by page: `old` and `new` cut where a page ends.
+    pub edits: Vec<Edit>,
+    /// Whole instructions that the change covers.
+    pub covered: GvaRange,
+}
+
+/// Code that must stand on no stack and under no instruction pointer while a patch is applied or rolled
+/// back. The rule is livepatch's (Linux v6.12 kernel/livepatch/transition.c, `klp_check_stack_func`): a
+/// frame is busy if the address to look it up by
+/// ([`Frame::lookup`](vmpatch_introspect::unwind::Frame::lookup)) lies in the range.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BusyRange {
+    /// From the first byte of the function to the last, its own padding not included.
+    pub range: GvaRange,
+    /// The function, for messages.
+    pub function: String,
+    /// Which side of the replacement it is.
+    pub kind: BusyKind,
+}
+
+/// What a busy range is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BusyKind {
+    /// A function being replaced: counts when a patch is applied.
+    Old,
+    /// A cold part of one: counts when a patch is applied.
+    OldPart,
+    /// New code in the arena: counts when a patch is rolled back.
+    New,
+}
+
+/// What the sites of a patch say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PatchState {
+    /// Every site jumps to the new code.
+    Applied,
+    /// Every site holds the old bytes: never applied, or rolled back.
+    NotApplied,
+    /// Some are one, some the other, or a site holds neither.
+    Damaged,
+}
+
+impl PatchRecord {
+    /// The edits that apply it, in order.
+    #[must_use]
+    pub fn apply_edits(&self) -> Vec<Edit> {
+        self.sites
+            .iter()
+            .flat_map(|site| site.edits.iter().cloned())
+            .collect()
+    }
+
+    /// The edits that roll it back, in order.
+    #[must_use]
+    pub fn rollback_edits(&self) -> Vec<Edit> {
+        self.sites
+            .iter()
+            .rev()
+            .flat_map(|site| site.edits.iter().rev().map(Edit::reversed))
+            .collect()
+    }
+
+    /// What must not run while it is applied.
+    pub fn busy_for_apply(&self) -> impl Iterator<Item = &BusyRange> {
+        self.busy.iter().filter(|busy| busy.kind != BusyKind::New)
+    }
+
+    /// What must not run while it is rolled back.
+    pub fn busy_for_rollback(&self) -> impl Iterator<Item = &BusyRange> {
+        self.busy.iter().filter(|busy| busy.kind == BusyKind::New)
+    }
+
+    /// Whether its sites are patched now.
+    ///
+    /// # Errors
+    /// A site lies outside guest RAM.
+    pub fn state(&self, physical: &dyn PhysicalMemory) -> Result<PatchState, MemoryError> {
+        let (mut old, mut new) = (true, true);
+        for edit in self.sites.iter().flat_map(|site| &site.edits) {
+            let mut now = vec![0; edit.old.len()];
+            physical.read(edit.at, &mut now)?;
+            old &= now == edit.old;
+            new &= now == edit.new;
+        }
+        Ok(match (old, new) {
+            (_, true) => PatchState::Applied,
+            (true, false) => PatchState::NotApplied,
+            (false, false) => PatchState::Damaged,
+        })
+    }
+}
+
+/// Why the manifest cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// The slot cannot be read.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Neither copy is whole.
+    #[error("the arena at {at} holds a manifest that is damaged: {what}")]
+    Damaged {
+        /// The slot.
+        at: Gpa,
+        /// What is wrong.
+        what: String,
+    },
+    /// Written by a newer program.
+    #[error("the arena's manifest has format version {found}, this program reads up to {known}")]
+    Newer {
+        /// What the manifest says.
+        found: u32,
+        /// The newest this program knows.
+        known: u32,
+    },
+}
