@@ -2,4 +2,5 @@
 //!
 //! Knows nothing of patches: it offers [`vmpatch_introspect::target`]'s traits and no more.
 
+pub mod bus;
 pub mod memory;
