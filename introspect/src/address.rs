@@ -150,9 +150,18 @@ mod tests {
 
     #[test]
     fn touching_ranges_do_not_overlap() {
-        let low = GvaRange { start: Gva(0), end: Gva(16) };
-        let high = GvaRange { start: Gva(16), end: Gva(32) };
+        let low = GvaRange {
+            start: Gva(0),
+            end: Gva(16),
+        };
+        let high = GvaRange {
+            start: Gva(16),
+            end: Gva(32),
+        };
         assert!(!low.overlaps(&high));
-        assert!(low.overlaps(&GvaRange { start: Gva(15), end: Gva(16) }));
+        assert!(low.overlaps(&GvaRange {
+            start: Gva(15),
+            end: Gva(16)
+        }));
     }
 }

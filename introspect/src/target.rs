@@ -100,7 +100,10 @@ pub struct StopRequest {
 
 impl Default for StopRequest {
     fn default() -> Self {
-        Self { deadline: Duration::from_millis(100), lease: Duration::from_millis(500) }
+        Self {
+            deadline: Duration::from_millis(100),
+            lease: Duration::from_millis(500),
+        }
     }
 }
 
@@ -119,7 +122,11 @@ impl Edit {
     /// The edit that takes this one back.
     #[must_use]
     pub fn reversed(&self) -> Self {
-        Self { at: self.at, old: self.new.clone(), new: self.old.clone() }
+        Self {
+            at: self.at,
+            old: self.new.clone(),
+            new: self.old.clone(),
+        }
     }
 }
 
@@ -164,7 +171,9 @@ pub struct StopReport {
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {
     /// A vCPU did not leave guest mode in time; the others were let go.
-    #[error("vCPU {vcpu} did not leave guest mode within {deadline:?}; the guest runs on unchanged")]
+    #[error(
+        "vCPU {vcpu} did not leave guest mode within {deadline:?}; the guest runs on unchanged"
+    )]
     Deadline {
         /// The one that was late.
         vcpu: u32,
@@ -183,7 +192,9 @@ pub enum StopError {
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     /// A place does not hold what it should; nothing was written.
-    #[error("guest-physical {at} holds {found:02x?}, expected {expected:02x?}; nothing was written")]
+    #[error(
+        "guest-physical {at} holds {found:02x?}, expected {expected:02x?}; nothing was written"
+    )]
     Differs {
         /// Where.
         at: Gpa,
@@ -224,7 +235,9 @@ pub enum WriteError {
 #[derive(Debug, thiserror::Error)]
 pub enum ResumeError {
     /// The lease had run out before: what was written is undone and the guest runs.
-    #[error("the stop's lease ran out before resume; what was written is undone and the guest runs")]
+    #[error(
+        "the stop's lease ran out before resume; what was written is undone and the guest runs"
+    )]
     LeaseExpired,
     /// The machine cannot be reached: it is not known whether the writes were kept.
     #[error("the VM does not answer: {0}; run `vmpatch status` to see what holds")]

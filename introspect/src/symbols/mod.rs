@@ -72,10 +72,15 @@ impl Symbols {
     /// [`SymbolError`] where there is none or several.
     pub fn unique(&self, name: &str) -> Result<Gva, SymbolError> {
         let mut found = self.named(name);
-        let first = found.next().ok_or_else(|| SymbolError::Unknown(name.to_owned()))?;
+        let first = found
+            .next()
+            .ok_or_else(|| SymbolError::Unknown(name.to_owned()))?;
         match found.count() {
             0 => Ok(first.at),
-            more => Err(SymbolError::Ambiguous { name: name.to_owned(), count: more + 1 }),
+            more => Err(SymbolError::Ambiguous {
+                name: name.to_owned(),
+                count: more + 1,
+            }),
         }
     }
 
@@ -87,7 +92,14 @@ impl Symbols {
 
     fn symbol(&self, row: &Row) -> Symbol<'_> {
         let start = row.name.0 as usize;
-        let name = self.names.get(start..start + usize::from(row.name.1)).unwrap_or("");
-        Symbol { name, at: row.at, kind: char::from(row.kind) }
+        let name = self
+            .names
+            .get(start..start + usize::from(row.name.1))
+            .unwrap_or("");
+        Symbol {
+            name,
+            at: row.at,
+            kind: char::from(row.kind),
+        }
     }
 }

@@ -1,1 +1,557 @@
-//! The patch file on disk: magic, version, length, checksum, content. Refuses what it does not know.
+//! A patch as a file: what surrounds the content on disk. Owns the header, the checksum, reading with
+//! limits and writing so that a reader sees the old file or the new one. What the content means is the
+//! parent module's business, whether it is well formed [`super::check`]'s.
+//!
+//! ```text
+//!  0  8  magic "VMPATCH\0"
+//!  8  4  format version                little-endian, as all numbers here
+//! 12  4  header length, 32
+//! 16  8  body length
+//! 24  4  CRC-32 (IEEE) of the whole file, this field as zero
+//! 28  4  zero
+//! 32  …  body: the patch in postcard encoding
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use super::Patch;
+use super::check::{self, Malformed};
+use super::digest::Digest;
+
+/// First bytes of every patch file.
+pub const MAGIC: [u8; 8] = *b"VMPATCH\0";
+/// The format this program writes, and the only one it reads.
+pub const FORMAT_VERSION: u32 = 1;
+/// Largest file accepted, header included: four times what the arena (4 MiB) can hold.
+pub const MAX_FILE_BYTES: u64 = 16 << 20;
+
+const HEADER_BYTES: usize = 32;
+const CRC_AT: usize = 24;
+
+/// Why a patch file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PatchFileError {
+    /// The file cannot be opened or read.
+    #[error("cannot read patch file {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("cannot write patch file {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The path is a directory, a pipe or a device.
+    #[error("{path} is not a regular file")]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Other first bytes than a patch file has.
+    #[error("not a patch file: it does not begin with the mark of one")]
+    NotAPatch,
+    /// A format version this program does not know.
+    #[error("written by another version of vmpatch: format {found}, this one reads format {known}")]
+    OtherVersion {
+        /// Version in the file.
+        found: u32,
+        /// The version this program reads.
+        known: u32,
+    },
+    /// Fewer bytes than the header says.
+    #[error("patch file is truncated: {have} of {need} bytes are there")]
+    Truncated {
+        /// Bytes there are.
+        have: u64,
+        /// Bytes there should be.
+        need: u64,
+    },
+    /// More bytes than the header says.
+    #[error("patch file has {have} bytes but should end after {need}")]
+    Trailing {
+        /// Bytes there are.
+        have: u64,
+        /// Bytes there should be.
+        need: u64,
+    },
+    /// Beyond [`MAX_FILE_BYTES`].
+    #[error("patch file is too large: {size} bytes, at most {limit} are accepted")]
+    TooLarge {
+        /// Size found or claimed, in bytes.
+        size: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// A header field that has only one right value has another.
+    #[error("patch file header is damaged: {field}")]
+    Header {
+        /// Which field.
+        field: &'static str,
+    },
+    /// The checksum in the header is not that of the file.
+    #[error("patch file is damaged: its checksum is {computed:08x}, its header says {stored:08x}")]
+    Checksum {
+        /// What the header says.
+        stored: u32,
+        /// What the bytes give.
+        computed: u32,
+    },
+    /// The body is not an encoded patch.
+    #[error("patch file content cannot be decoded: {0}")]
+    Decode(postcard::Error),
+    /// The patch cannot be encoded.
+    #[error("patch cannot be encoded: {0}")]
+    Encode(postcard::Error),
+    /// The content contradicts itself or goes beyond a limit.
+    #[error("patch file content is malformed: {0}")]
+    Malformed(#[from] Malformed),
+}
+
+/// A well-formed patch with its identity. Can only be had through [`check::check`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PatchFile {
+    patch: Patch,
+    digest: Digest,
+    body: Vec<u8>,
+}
+
+impl PatchFile {
+    /// Checks and encodes a patch.
+    ///
+    /// # Errors
+    /// What [`decode`] would say of the file, and a patch beyond the size limit.
+    pub fn new(patch: Patch) -> Result<Self, PatchFileError> {
+        check::check(&patch)?;
+        let body = postcard::to_stdvec(&patch).map_err(PatchFileError::Encode)?;
+        within_limit(file_bytes(body.len() as u64))?;
+        Ok(Self {
+            digest: Digest::of(&body),
+            patch,
+            body,
+        })
+    }
+
+    /// Reads and checks a patch file.
+    ///
+    /// # Errors
+    /// Not readable, or as [`decode`].
+    pub fn open(path: &Path) -> Result<Self, PatchFileError> {
+        decode(&read_limited(path)?)
+    }
+
+    /// Writes the file: readers see the old one or the whole new one, also after a power cut.
+    ///
+    /// # Errors
+    /// [`PatchFileError::Write`]; the old file is then as it was.
+    pub fn save(&self, path: &Path) -> Result<(), PatchFileError> {
+        let failed = |source| PatchFileError::Write {
+            path: path.to_owned(),
+            source,
+        };
+        let temporary = temporary_beside(path).map_err(failed)?;
+        let written = write_synced(&temporary, &self.encode())
+            .and_then(|()| fs::rename(&temporary, path))
+            .and_then(|()| sync_directory_of(path));
+        written.map_err(|error| {
+            // Either it is gone already or it stays: the first error is the one to report.
+            let _ = fs::remove_file(&temporary);
+            failed(error)
+        })
+    }
+
+    /// The whole file.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut file = Vec::with_capacity(HEADER_BYTES + self.body.len());
+        file.extend_from_slice(&MAGIC);
+        file.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+        file.extend_from_slice(&(HEADER_BYTES as u32).to_le_bytes());
+        file.extend_from_slice(&(self.body.len() as u64).to_le_bytes());
+        file.extend_from_slice(&[0; 8]);
+        file.extend_from_slice(&self.body);
+        let crc = checksum(&file);
+        file[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+        file
+    }
+
+    /// The content.
+    #[must_use]
+    pub fn patch(&self) -> &Patch {
+        &self.patch
+    }
+
+    /// The identity of the content.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// The content, by value.
+    #[must_use]
+    pub fn into_patch(self) -> Patch {
+        self.patch
+    }
+}
+
+/// Checks and decodes a whole patch file.
+///
+/// # Errors
+/// Each way a file can be wrong has its own [`PatchFileError`].
+pub fn decode(file: &[u8]) -> Result<PatchFile, PatchFileError> {
+    let body = unwrap_body(file)?;
+    let (patch, rest) = postcard::take_from_bytes::<Patch>(body).map_err(PatchFileError::Decode)?;
+    if !rest.is_empty() {
+        return Err(Malformed::Leftover { bytes: rest.len() }.into());
+    }
+    check::check(&patch)?;
+    Ok(PatchFile {
+        patch,
+        digest: Digest::of(body),
+        body: body.to_vec(),
+    })
+}
+
+/// Checks everything around the body and returns it.
+fn unwrap_body(file: &[u8]) -> Result<&[u8], PatchFileError> {
+    let have = file.len() as u64;
+    if file.is_empty() || file.iter().zip(&MAGIC).any(|(is, wanted)| is != wanted) {
+        return Err(PatchFileError::NotAPatch);
+    }
+    // The version may be all that an older or newer format shares with this one.
+    let found = u32_at(file, 8).ok_or(truncated(have, HEADER_BYTES as u64))?;
+    if found != FORMAT_VERSION {
+        return Err(PatchFileError::OtherVersion {
+            found,
+            known: FORMAT_VERSION,
+        });
+    }
+    let (Some(header_len), Some(body_len), Some(stored), Some(zero)) = (
+        u32_at(file, 12),
+        u64_at(file, 16),
+        u32_at(file, CRC_AT),
+        u32_at(file, 28),
+    ) else {
+        return Err(truncated(have, HEADER_BYTES as u64));
+    };
+    if header_len as usize != HEADER_BYTES {
+        return Err(PatchFileError::Header {
+            field: "header length",
+        });
+    }
+    let need = within_limit(file_bytes(body_len))?;
+    match have {
+        _ if have < need => return Err(truncated(have, need)),
+        _ if have > need => return Err(PatchFileError::Trailing { have, need }),
+        _ => {}
+    }
+    let computed = checksum(file);
+    if computed != stored {
+        return Err(PatchFileError::Checksum { stored, computed });
+    }
+    if zero != 0 {
+        return Err(PatchFileError::Header {
+            field: "reserved bytes",
+        });
+    }
+    Ok(&file[HEADER_BYTES..])
+}
+
+fn truncated(have: u64, need: u64) -> PatchFileError {
+    PatchFileError::Truncated { have, need }
+}
+
+fn file_bytes(body_len: u64) -> u64 {
+    body_len.saturating_add(HEADER_BYTES as u64)
+}
+
+fn within_limit(size: u64) -> Result<u64, PatchFileError> {
+    if size > MAX_FILE_BYTES {
+        return Err(PatchFileError::TooLarge {
+            size,
+            limit: MAX_FILE_BYTES,
+        });
+    }
+    Ok(size)
+}
+
+/// CRC of a file of at least header length, its own field counted as zero.
+fn checksum(file: &[u8]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&file[..CRC_AT]);
+    crc.update(&[0; 4]);
+    crc.update(&file[CRC_AT + 4..]);
+    crc.finalize()
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(
+        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
+    ))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(
+        bytes.get(at..at.checked_add(8)?)?.try_into().ok()?,
+    ))
+}
+
+/// The whole of a regular file that is within the limit, even if it grows meanwhile.
+fn read_limited(path: &Path) -> Result<Vec<u8>, PatchFileError> {
+    let failed = |source| PatchFileError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    // Asked before opening, because opening a pipe waits for its writer.
+    if !fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(PatchFileError::NotAFile {
+            path: path.to_owned(),
+        });
+    }
+    let file = File::open(path).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
+    within_limit(size)?;
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    within_limit(bytes.len() as u64)?;
+    Ok(bytes)
+}
+
+/// A name in the same directory, so that renaming does not cross file systems.
+fn temporary_beside(path: &Path) -> io::Result<PathBuf> {
+    let name = path
+        .file_name()
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidFilename))?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(format!(".{}.tmp", std::process::id()));
+    Ok(path.with_file_name(hidden))
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn sync_directory_of(path: &Path) -> io::Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample;
+    use super::*;
+
+    fn sample_file() -> Vec<u8> {
+        PatchFile::new(sample::patch()).unwrap().encode()
+    }
+
+    /// The file around a body, with a right checksum: what a hostile writer makes.
+    fn wrapped(body: &[u8]) -> Vec<u8> {
+        let patch = sample::patch();
+        PatchFile {
+            digest: Digest::of(body),
+            patch,
+            body: body.to_vec(),
+        }
+        .encode()
+    }
+
+    #[test]
+    fn a_file_decodes_to_the_patch_it_was_made_of() {
+        let made = PatchFile::new(sample::patch()).unwrap();
+        let read = decode(&made.encode()).unwrap();
+        assert_eq!(read, made);
+        assert_eq!(read.patch(), &sample::patch());
+    }
+
+    #[test]
+    fn every_flipped_bit_is_refused() {
+        let file = sample_file();
+        for bit in 0..file.len() * 8 {
+            let mut flipped = file.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&flipped).is_err(), "bit {bit} of {}", file.len() * 8);
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_refused_and_says_how_much_is_missing() {
+        let file = sample_file();
+        for len in 1..file.len() {
+            match decode(&file[..len]).unwrap_err() {
+                PatchFileError::Truncated { have, need } => {
+                    assert_eq!(have, len as u64);
+                    assert!(need == file.len() as u64 || len < HEADER_BYTES);
+                }
+                other => panic!("{len} bytes: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn empty_and_foreign_files_are_not_patch_files() {
+        for foreign in [
+            &b""[..],
+            b"\x7fELF\x02\x01\x01",
+            b"VMPATCX\0aaaaaaaaaaaaaaaa",
+        ] {
+            assert!(matches!(decode(foreign), Err(PatchFileError::NotAPatch)));
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_named_even_if_nothing_else_fits() {
+        let mut file = sample_file();
+        file.truncate(12);
+        file[8] = 9;
+        assert!(matches!(
+            decode(&file),
+            Err(PatchFileError::OtherVersion { found: 9, known: 1 })
+        ));
+    }
+
+    #[test]
+    fn bytes_after_the_end_are_refused() {
+        let mut file = sample_file();
+        file.push(0);
+        assert!(matches!(
+            decode(&file),
+            Err(PatchFileError::Trailing { .. })
+        ));
+        let mut body = postcard::to_stdvec(&sample::patch()).unwrap();
+        body.push(0);
+        assert!(matches!(
+            decode(&wrapped(&body)),
+            Err(PatchFileError::Malformed(Malformed::Leftover { bytes: 1 }))
+        ));
+    }
+
+    #[test]
+    fn a_claimed_size_beyond_the_limit_is_refused_before_anything_is_read() {
+        let mut file = sample_file();
+        file[16..24].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(matches!(
+            decode(&file),
+            Err(PatchFileError::TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn a_damaged_body_is_a_checksum_error() {
+        let mut file = sample_file();
+        *file.last_mut().unwrap() ^= 0xff;
+        assert!(matches!(
+            decode(&file),
+            Err(PatchFileError::Checksum { .. })
+        ));
+    }
+
+    #[test]
+    fn a_body_that_is_no_patch_is_a_decode_error_even_if_the_checksum_is_right() {
+        // A first string of 2^63 bytes.
+        let body = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f];
+        assert!(matches!(
+            decode(&wrapped(&body)),
+            Err(PatchFileError::Decode(_))
+        ));
+    }
+
+    #[test]
+    fn content_is_checked_after_decoding() {
+        let mut patch = sample::patch();
+        patch.replaced[0].new_section = 99;
+        let body = postcard::to_stdvec(&patch).unwrap();
+        assert!(matches!(
+            decode(&wrapped(&body)),
+            Err(PatchFileError::Malformed(_))
+        ));
+        assert!(matches!(
+            PatchFile::new(patch),
+            Err(PatchFileError::Malformed(_))
+        ));
+    }
+
+    #[test]
+    fn same_name_and_other_content_have_different_digests() {
+        let mut other = sample::patch();
+        other.sections[0].bytes[5] ^= 1;
+        let (one, two) = (
+            PatchFile::new(sample::patch()).unwrap(),
+            PatchFile::new(other).unwrap(),
+        );
+        assert_eq!(one.patch().name, two.patch().name);
+        assert_ne!(one.digest(), two.digest());
+    }
+
+    #[test]
+    fn saving_replaces_the_file_and_leaves_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fix.vmpatch");
+        fs::write(&path, b"old").unwrap();
+        let made = PatchFile::new(sample::patch()).unwrap();
+        made.save(&path).unwrap();
+        assert_eq!(PatchFile::open(&path).unwrap(), made);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_refused_without_waiting() {
+        assert!(matches!(
+            PatchFile::open(Path::new("/dev/zero")),
+            Err(PatchFileError::NotAFile { .. })
+        ));
+        assert!(matches!(
+            PatchFile::open(Path::new("/absent.vmpatch")),
+            Err(PatchFileError::Read { .. })
+        ));
+    }
+
+    #[test]
+    fn saving_where_it_cannot_be_names_the_file() {
+        let error = PatchFile::new(sample::patch())
+            .unwrap()
+            .save(Path::new("/absent/fix.vmpatch"));
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .contains("/absent/fix.vmpatch")
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn arbitrary_bodies_never_panic(body in proptest::collection::vec(0_u8.., 0..400)) {
+            let _ = decode(&wrapped(&body));
+        }
+
+        #[test]
+        fn changed_bodies_with_a_right_checksum_never_panic(
+            at in 0_usize..10_000, value in 0_u8..,
+        ) {
+            let mut body = postcard::to_stdvec(&sample::patch()).unwrap();
+            let at = at % body.len();
+            body[at] = value;
+            let _ = decode(&wrapped(&body));
+        }
+    }
+}

@@ -1,7 +1,12 @@
 //! What a patch is, independent of any one guest: the functions it replaces, the sections it brings and
-//! what they refer to. Owns the content; the bytes on disk are [`file`]'s business.
+//! what they refer to. Owns the content; what makes it well formed is [`check`]'s business, the bytes on
+//! disk are [`file`]'s.
 
+pub mod check;
+pub mod digest;
 pub mod file;
+#[cfg(test)]
+pub(crate) mod sample;
 
 use serde::{Deserialize, Serialize};
 
@@ -143,7 +148,16 @@ pub struct Alternative {
     /// The replacement stands for a direct call to what `pv_ops` holds (`ALT_FLAG_DIRECT_CALL`).
     pub direct_call: bool,
     /// The replacement, at most as long as the site, fields as the object has them.
-    pub code: Code,
+    pub code: Fragment,
+}
+
+/// Bytes with fields to fill in and no sites of their own: nothing can nest without end in a patch file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fragment {
+    /// The bytes, relocated fields as the object has them.
+    pub bytes: Vec<u8>,
+    /// Sorted by offset.
+    pub relocations: Vec<Relocation>,
 }
 
 /// A place that a symbol and a distance name: the symbol's value plus `addend`.
@@ -235,7 +249,8 @@ pub enum Symbol {
     OldBytes {
         /// The section's name in the object, for messages.
         section: String,
-        /// What must be there.
+        /// What must be there at the symbol's address (addend 0); relocations of old code name it with
+        /// the addend that leads from the field to it. Empty where nothing can be compared (pointers).
         bytes: Vec<u8>,
     },
 }

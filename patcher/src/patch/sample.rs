@@ -1,0 +1,135 @@
+//! One small patch that has every kind of thing in it, for tests.
+
+use super::{
+    Alternative, Code, Fragment, Part, Patch, Reference, Relocation, RelocationKind, Replacement,
+    Requirement, Section, SectionKind, Site, SiteKind, Symbol,
+};
+
+/// `call __fentry__; lea string, %rdi; jmp __x86_return_thunk`, with one site of each kind.
+fn old_code() -> Code {
+    let relative = |offset, symbol| Relocation {
+        offset,
+        kind: RelocationKind::Relative32,
+        symbol,
+        addend: -4,
+    };
+    let site = |offset, len, kind| Site { offset, len, kind };
+    let reference = |symbol| Reference { symbol, addend: 0 };
+    let branch = SiteKind::JumpLabel {
+        key: reference(1),
+        target: reference(3),
+        inverted: true,
+    };
+    let replacement = Alternative {
+        feature: 0x68,
+        negated: true,
+        direct_call: false,
+        code: Fragment {
+            bytes: vec![0xe8, 0, 0, 0, 0],
+            relocations: vec![relative(1, 0)],
+        },
+    };
+    let mut bytes = vec![0x90; 46];
+    bytes[..5].copy_from_slice(&[0xe8, 0, 0, 0, 0]);
+    Code {
+        bytes,
+        relocations: vec![relative(1, 0), relative(8, 2), relative(13, 1)],
+        sites: vec![
+            site(0, 5, SiteKind::Fentry),
+            site(12, 5, SiteKind::Return),
+            site(
+                17,
+                5,
+                SiteKind::Retpoline {
+                    register: 11,
+                    call: true,
+                },
+            ),
+            site(22, 2, branch),
+            site(24, 5, SiteKind::StaticCall),
+            site(
+                29,
+                5,
+                SiteKind::Alternative {
+                    replacements: vec![replacement],
+                },
+            ),
+            site(34, 4, SiteKind::Endbr),
+            site(38, 1, SiteKind::LockPrefix),
+            site(
+                39,
+                1,
+                SiteKind::RuntimeConstant {
+                    symbol: 3,
+                    shift: true,
+                },
+            ),
+            site(40, 6, SiteKind::Paravirt { slot: 1 }),
+        ],
+    }
+}
+
+/// The patch.
+pub(crate) fn patch() -> Patch {
+    let guest = |name: &str| Symbol::Guest {
+        name: name.to_owned(),
+        sympos: None,
+    };
+    let section = |name: &str, kind, bytes| Section {
+        name: name.to_owned(),
+        kind,
+        align: 16,
+        bytes,
+        relocations: vec![],
+        sites: vec![],
+    };
+    let mut text = section(".text.sample", SectionKind::Text, old_code().bytes);
+    text.relocations = vec![Relocation {
+        offset: 8,
+        kind: RelocationKind::Absolute32Signed,
+        symbol: 4,
+        addend: 0,
+    }];
+    text.sites = vec![Site {
+        offset: 0,
+        len: 5,
+        kind: SiteKind::Fentry,
+    }];
+    Patch {
+        name: "sample-1.0".to_owned(),
+        requires: Requirement {
+            object: "vmlinux".to_owned(),
+            release: Some("6.12.107+deb12-cloud-amd64".to_owned()),
+            build_id: Some("00ff".repeat(10)),
+        },
+        replaced: vec![Replacement {
+            name: "sample".to_owned(),
+            sympos: Some(1),
+            old: old_code(),
+            old_parts: vec![Part {
+                name: "sample.cold".to_owned(),
+                code: old_code(),
+            }],
+            new_section: 0,
+            new_offset: 0,
+        }],
+        sections: vec![
+            text,
+            section(".rodata.str1.1", SectionKind::ReadOnly, b"new\0".to_vec()),
+        ],
+        symbols: vec![
+            guest("__fentry__"),
+            guest("__x86_return_thunk"),
+            Symbol::OldBytes {
+                section: ".rodata.str1.1".to_owned(),
+                bytes: b"old\0".to_vec(),
+            },
+            guest("sample"),
+            Symbol::Own {
+                name: ".rodata.str1.1".to_owned(),
+                section: 1,
+                offset: 0,
+            },
+        ],
+    }
+}
