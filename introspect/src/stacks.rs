@@ -13,16 +13,19 @@ use crate::vcpu::Vcpu;
 /// One stack and what stands on it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stack {
-    /// Whose it is.
-    pub task: Task,
+    /// Whose it is. `None`: a vCPU stands in the kernel and no known task could be matched to it;
+    /// `vcpu` then names it and the trace is unreliable.
+    pub task: Option<Task>,
     /// The vCPU that runs it now.
     pub vcpu: Option<u32>,
     /// The frames.
     pub trace: Trace,
-    /// Return addresses kept elsewhere: fgraph's `ret_stack`, kretprobe and rethook instances.
+    /// Return addresses kept elsewhere: fgraph's `ret_stack`, kretprobe and rethook instances. Where a
+    /// running task's trace is unreliable also the general registers of its vCPU, since a return
+    /// trampoline holds the real address in one of them for a few instructions.
     pub hidden_returns: Vec<Gva>,
     /// All memory that may hold return addresses of it: task stack, and the IRQ, IST and entry stacks
-    /// of its CPU while it runs. What a conservative scan reads.
+    /// of its CPU while it runs. What a conservative scan reads, in words of 8 bytes.
     pub memory: Vec<GvaRange>,
 }
 

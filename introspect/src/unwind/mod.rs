@@ -54,6 +54,12 @@ pub enum Unreliable {
     /// An unwind entry of a kind that names no frame.
     #[error("unwind entry at {0} is of no use there")]
     UndefinedEntry(Gva),
+    /// The trace ends where no stack of a task ends: what lies above is not known.
+    #[error("the trace ends at {0}, which is no end of a stack")]
+    EndsEarly(Gva),
+    /// A return address was replaced by a trampoline, and where the kernel keeps the real one it is not.
+    #[error("the return address behind trampoline {0} was not found")]
+    HiddenReturn(Gva),
     /// More frames than any real stack has.
     #[error("more than {0} frames")]
     TooDeep(usize),
@@ -66,6 +72,12 @@ pub enum Unreliable {
     /// It runs on a CPU that was not found among the vCPUs.
     #[error("it runs on CPU {0}, which no stopped vCPU was matched to")]
     NoVcpu(u32),
+    /// A vCPU stands in the kernel and no known task could be matched to it.
+    #[error("vCPU {0} stands in the kernel on the stack of no known task")]
+    NoTask(u32),
+    /// The registers of the vCPU are those of system-management mode or of a nested guest.
+    #[error("vCPU {0} is in system-management mode or runs a nested guest")]
+    ForeignRegisters(u32),
 }
 
 /// The frames of one stack, innermost first, and whether they are all.
