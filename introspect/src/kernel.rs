@@ -70,10 +70,7 @@ impl Kernel {
     /// Kernel-virtual memory through the kernel's own page tables.
     #[must_use]
     pub fn memory<'a>(&self, physical: &'a dyn PhysicalMemory) -> KernelMemory<'a> {
-        KernelMemory {
-            physical,
-            space: self.layout.space,
-        }
+        KernelMemory::new(physical, self.layout.space)
     }
 
     /// Every task that may own a kernel stack: the task list, threads, idle tasks and exiting tasks.

@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 pub mod address;
+pub mod dump;
 pub mod identity;
 pub mod kernel;
 pub mod modules;
@@ -20,6 +21,7 @@ pub mod unwind;
 pub mod vcpu;
 
 pub use address::{Gpa, GpaRange, Gva, GvaRange};
+pub use dump::Dump;
 pub use kernel::{AttachError, Kernel};
 pub use paging::{AddressSpace, KernelMemory, ReadError};
 pub use target::{PhysicalMemory, StoppedTarget, Target};

@@ -223,6 +223,12 @@ pub enum WriteError {
         /// Where.
         at: Gpa,
     },
+    /// The machine is a dump: it cannot be written at all.
+    #[error("guest-physical {at}: a dump cannot be written")]
+    ReadOnly {
+        /// Where the first edit was to go.
+        at: Gpa,
+    },
     /// The lease ran out: the machine undid everything and runs again.
     #[error("the stop's lease ran out; the machine undid everything and runs again")]
     LeaseExpired,
