@@ -1,2 +1,53 @@
-//! Developer commands.
-fn main() {}
+//! Every developer command of vmpatch. Each sets up for itself what it needs. Owns nothing that the product uses.
+
+#![allow(dead_code)]
+
+mod apt;
+mod checksum;
+mod commands;
+mod cpio;
+mod host;
+mod manifest;
+mod packages;
+mod paths;
+mod progress;
+mod publish;
+mod run;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Developer commands of vmpatch
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Install what the other commands need on this machine
+    Setup,
+    /// Run one command in the test host
+    Host(commands::host::HostArgs),
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse().command) {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(task: Task) -> Result<i32> {
+    match task {
+        Task::Setup => commands::setup::tools().map(|_| 0),
+        Task::Host(args) => commands::host::run(args),
+    }
+}

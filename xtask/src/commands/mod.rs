@@ -1,0 +1,4 @@
+//! One file a developer command.
+
+pub(crate) mod host;
+pub(crate) mod setup;

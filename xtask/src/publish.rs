@@ -1,0 +1,98 @@
+//! Putting a finished file or folder in its place in one rename, so that an interrupted command leaves either nothing or
+//! the whole thing. Does not lock: two commands that make the same thing at once both succeed and one result stays.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// A folder next to `target` to build in; removed on drop unless published.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    dir: PathBuf,
+    target: PathBuf,
+}
+
+impl Staging {
+    /// An empty folder beside `target`, on the same file system.
+    pub(crate) fn beside(target: &Path) -> Result<Self> {
+        let parent = target.parent().context("a target needs a parent folder")?;
+        let name = target
+            .file_name()
+            .context("a target needs a name")?
+            .to_string_lossy();
+        let dir = parent.join(format!(".{name}.{}.part", std::process::id()));
+        if dir.exists() {
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot clear {}", dir.display()))?;
+        }
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        Ok(Self {
+            dir,
+            target: target.to_path_buf(),
+        })
+    }
+
+    /// The folder to work in.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes the whole folder the target. A target that is there already is kept if `keep` and else replaced.
+    pub(crate) fn publish(self) -> Result<()> {
+        if self.target.exists() {
+            fs::remove_dir_all(&self.target)
+                .with_context(|| format!("cannot replace {}", self.target.display()))?;
+        }
+        fs::rename(&self.dir, &self.target)
+            .with_context(|| format!("cannot publish {}", self.target.display()))
+    }
+
+    /// Makes one file of the folder the target.
+    pub(crate) fn publish_file(self, name: &str) -> Result<()> {
+        fs::rename(self.dir.join(name), &self.target)
+            .with_context(|| format!("cannot publish {}", self.target.display()))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // Gone already after a publish; a leftover is only rubbish in a cache.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Writes `bytes` to `path` in one step.
+pub(crate) fn file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let staging = Staging::beside(path)?;
+    let name = "file";
+    fs::write(staging.dir().join(name), bytes)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    staging.publish_file(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_left_of_an_abandoned_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        let staging = Staging::beside(&target).unwrap();
+        fs::write(staging.dir().join("half"), b"x").unwrap();
+        drop(staging);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_published_folder_replaces_the_old_one_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join("old"), b"").unwrap();
+        let staging = Staging::beside(&target).unwrap();
+        fs::write(staging.dir().join("new"), b"").unwrap();
+        staging.publish().unwrap();
+        assert!(target.join("new").exists() && !target.join("old").exists());
+    }
+}

@@ -1,0 +1,87 @@
+//! Running other programs: quiet while they succeed, their last words when they fail. Does not know what they do.
+
+use std::ffi::OsStr;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+/// How many lines of a failed program's output are shown.
+const LAST_WORDS: usize = 25;
+
+/// Runs to the end, output kept back; fails with its last lines.
+pub(crate) fn quiet(command: &mut Command) -> Result<Output> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start {}", name(command)))?;
+    if !output.status.success() {
+        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.push_str(&String::from_utf8_lossy(&output.stderr));
+        bail!(
+            "{} failed ({}):\n{}",
+            name(command),
+            output.status,
+            tail(&text)
+        );
+    }
+    Ok(output)
+}
+
+/// Standard output of a program that must succeed.
+pub(crate) fn stdout(command: &mut Command) -> Result<String> {
+    Ok(String::from_utf8_lossy(&quiet(command)?.stdout).into_owned())
+}
+
+/// Runs with output shown as it comes; fails if it fails.
+pub(crate) fn shown(command: &mut Command) -> Result<()> {
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("cannot start {}", name(command)))?;
+    if !status.success() {
+        bail!("{} failed ({status})", name(command));
+    }
+    Ok(())
+}
+
+/// Whether a program of this name is on the path.
+pub(crate) fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+fn name(command: &Command) -> String {
+    let mut words = vec![command.get_program()];
+    words.extend(command.get_args().take(3));
+    words.join(OsStr::new(" ")).to_string_lossy().into_owned()
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(LAST_WORDS)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_carries_the_last_words() {
+        let error = quiet(Command::new("sh").args(["-c", "echo ouch >&2; exit 3"]))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("ouch") && error.contains('3'), "{error}");
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = format!(
+            "{:#}",
+            quiet(&mut Command::new("no-such-program-here")).unwrap_err()
+        );
+        assert!(
+            error.contains("cannot start no-such-program-here"),
+            "{error}"
+        );
+    }
+}
