@@ -3,4 +3,6 @@
 //! Knows nothing of patches: it offers [`vmpatch_introspect::target`]'s traits and no more.
 
 pub mod bus;
+pub mod config;
+pub mod devices;
 pub mod memory;
