@@ -6,3 +6,4 @@ pub mod bus;
 pub mod config;
 pub mod devices;
 pub mod memory;
+pub mod vm;

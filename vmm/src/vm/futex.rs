@@ -1,0 +1,158 @@
+//! Waiting on a word and waking who waits on it. Owns the futex system calls and nothing else.
+#![allow(unsafe_code)]
+
+use std::ptr;
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
+
+/// Who shares the word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// Threads of this process only: cheaper.
+    Private,
+    /// Processes that map the same file.
+    Shared,
+}
+
+impl Sharing {
+    const fn flag(self) -> libc::c_int {
+        match self {
+            Self::Private => libc::FUTEX_PRIVATE_FLAG,
+            Self::Shared => 0,
+        }
+    }
+}
+
+/// Sleeps while `word` holds `seen`, at most `timeout`. Can also return early for no reason: the
+/// caller looks at the word again.
+pub(crate) fn wait(word: &AtomicU32, seen: u32, timeout: Option<Duration>, sharing: Sharing) {
+    let limit = timeout.map(timespec);
+    let limit = limit.as_ref().map_or(ptr::null(), ptr::from_ref);
+    let operation = libc::FUTEX_WAIT | sharing.flag();
+    // SAFETY: the word is borrowed for the whole call, and `limit` is null or points to a timespec
+    // that outlives it. Every result (woken, changed, timed out, interrupted) means: look again.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, seen, limit) };
+}
+
+/// Sleeps until one second word or the other may have changed, or `until` has passed. The first is
+/// shared with another process, the second with threads of this one (`futex_waitv`, since Linux 5.16).
+pub(crate) fn wait_either(
+    shared: (&AtomicU32, u32),
+    private: (&AtomicU32, u32),
+    until: Option<Instant>,
+) {
+    let waiters = [
+        waiter(shared.0, shared.1, Sharing::Shared),
+        waiter(private.0, private.1, Sharing::Private),
+    ];
+    let limit = until.map(|until| monotonic_in(until.saturating_duration_since(Instant::now())));
+    let limit = limit.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: both words are borrowed for the whole call, the array holds two waiters, and `limit` is
+    // null or points to a timespec that outlives the call. Every result means: look again.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex_waitv,
+            waiters.as_ptr(),
+            2u32,
+            0u32,
+            limit,
+            libc::CLOCK_MONOTONIC,
+        )
+    };
+}
+
+/// Wakes everybody who sleeps on `word`.
+pub(crate) fn wake_all(word: &AtomicU32, sharing: Sharing) {
+    let operation = libc::FUTEX_WAKE | sharing.flag();
+    // SAFETY: FUTEX_WAKE uses the address as a key only; the word is borrowed for the whole call.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, i32::MAX) };
+}
+
+/// `struct futex_waitv` of Linux include/uapi/linux/futex.h.
+#[repr(C)]
+struct Waiter {
+    value: u64,
+    address: u64,
+    flags: u32,
+    reserved: u32,
+}
+
+fn waiter(word: &AtomicU32, seen: u32, sharing: Sharing) -> Waiter {
+    /// `FUTEX_32` of Linux include/uapi/linux/futex.h.
+    const FUTEX_32: u32 = 2;
+    let private = match sharing {
+        Sharing::Private => libc::FUTEX_PRIVATE_FLAG.cast_unsigned(),
+        Sharing::Shared => 0,
+    };
+    Waiter {
+        value: u64::from(seen),
+        address: word.as_ptr() as u64,
+        flags: FUTEX_32 | private,
+        reserved: 0,
+    }
+}
+
+fn timespec(duration: Duration) -> libc::timespec {
+    libc::timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(duration.subsec_nanos()),
+    }
+}
+
+/// The monotonic clock `from_now` on: `futex_waitv` takes a point in time, not a span.
+fn monotonic_in(from_now: Duration) -> libc::timespec {
+    let mut now = timespec(Duration::ZERO);
+    // SAFETY: the clock exists on every Linux, and `now` outlives the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let base = Duration::new(
+        u64::try_from(now.tv_sec).unwrap_or(0),
+        u32::try_from(now.tv_nsec).unwrap_or(0),
+    );
+    timespec(base.saturating_add(from_now))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+
+    #[test]
+    fn a_changed_word_is_not_waited_for() {
+        let word = AtomicU32::new(1);
+        wait(&word, 0, None, Sharing::Private);
+        wait(&word, 0, None, Sharing::Shared);
+    }
+
+    #[test]
+    fn waiting_ends_at_the_timeout() {
+        let (word, other) = (AtomicU32::new(0), AtomicU32::new(0));
+        let begin = Instant::now();
+        let short = Duration::from_millis(20);
+        wait(&word, 0, Some(short), Sharing::Private);
+        wait_either((&word, 0), (&other, 0), Some(Instant::now() + short));
+        assert!(begin.elapsed() >= Duration::from_millis(40));
+    }
+
+    #[test]
+    fn either_of_two_words_wakes() {
+        for second in [false, true] {
+            let words = Arc::new((AtomicU32::new(0), AtomicU32::new(0)));
+            let theirs = Arc::clone(&words);
+            let waker = std::thread::spawn(move || {
+                let (word, sharing) = if second {
+                    (&theirs.1, Sharing::Private)
+                } else {
+                    (&theirs.0, Sharing::Shared)
+                };
+                std::thread::sleep(Duration::from_millis(20));
+                word.store(1, Ordering::SeqCst);
+                wake_all(word, sharing);
+            });
+            while words.0.load(Ordering::SeqCst) + words.1.load(Ordering::SeqCst) == 0 {
+                wait_either((&words.0, 0), (&words.1, 0), None);
+            }
+            waker.join().unwrap();
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Small guests for the tests: a few bytes of 16-bit code, devices that record, vCPUs set up by hand.
+// Each test file uses a part of it, and a helper that fails is a test that fails.
+#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::Kvm;
+use vmpatch_introspect::address::Gpa;
+use vmpatch_vmm::memory::{GuestMemory, Layout};
+use vmpatch_vmm::vm::{After, Devices, Options, Running, Vm};
+
+/// Where the code lies, and where its vCPUs begin.
+pub const CODE: u64 = 0x1000;
+/// Guest RAM in bytes.
+pub const RAM: u64 = 2 << 20;
+/// The port that switches the machine off.
+pub const OFF_PORT: u16 = 0xf4;
+/// The port that resets it.
+pub const RESET_PORT: u16 = 0xf5;
+
+/// The host's KVM, or `None`, loudly, where there is none.
+pub fn kvm() -> Option<Kvm> {
+    let kvm = Kvm::new();
+    if let Err(error) = &kvm {
+        eprintln!("SKIPPED: no /dev/kvm on this machine: {error}");
+    }
+    kvm.ok()
+}
+
+/// What a port write sets off.
+pub type Call = Box<dyn FnMut(u16, &[u8]) + Send>;
+
+/// Devices that remember what was written and answer every read with the count of reads so far.
+#[derive(Default)]
+pub struct Recorder {
+    pub written: Mutex<Vec<u8>>,
+    pub reads: AtomicU64,
+    /// Called on every port write, on the vCPU's thread.
+    pub on_write: Mutex<Option<Call>>,
+}
+
+impl Recorder {
+    pub fn written(&self) -> Vec<u8> {
+        self.written.lock().unwrap().clone()
+    }
+}
+
+impl Devices for Recorder {
+    fn port_read(&self, _: u16, into: &mut [u8]) {
+        let count = self.reads.fetch_add(1, Ordering::SeqCst);
+        into.fill(count as u8);
+    }
+
+    fn port_write(&self, port: u16, from: &[u8]) -> After {
+        if let Some(call) = self.on_write.lock().unwrap().as_mut() {
+            call(port, from);
+        }
+        self.written.lock().unwrap().extend_from_slice(from);
+        match port {
+            OFF_PORT => After::PowerOff,
+            RESET_PORT => After::Reset,
+            _ => After::GoOn,
+        }
+    }
+
+    fn memory_read(&self, _: Gpa, into: &mut [u8]) {
+        let count = self.reads.fetch_add(1, Ordering::SeqCst);
+        into.fill(count as u8);
+    }
+
+    fn memory_write(&self, _: Gpa, from: &[u8]) -> After {
+        self.written.lock().unwrap().extend_from_slice(from);
+        After::GoOn
+    }
+}
+
+/// How the boot vCPU begins.
+#[derive(Clone, Copy)]
+pub enum Mode {
+    /// 16 bits, segments at 0.
+    Real,
+    /// 32 bits, flat segments, no paging, an empty interrupt table.
+    Protected,
+}
+
+/// A guest whose boot vCPU runs `code` in real mode, with `vcpus` vCPUs in all.
+pub fn guest(kvm: &Kvm, code: &[u8], vcpus: u32, devices: Arc<Recorder>) -> Arc<Running> {
+    start(kvm, Mode::Real, code, vcpus, devices, Options::default())
+}
+
+/// A guest with one vCPU that runs `code` in `mode`.
+pub fn guest_in(kvm: &Kvm, mode: Mode, code: &[u8], devices: Arc<Recorder>) -> Arc<Running> {
+    start(kvm, mode, code, 1, devices, Options::default())
+}
+
+pub fn start(
+    kvm: &Kvm,
+    mode: Mode,
+    code: &[u8],
+    vcpus: u32,
+    devices: Arc<Recorder>,
+    options: Options,
+) -> Arc<Running> {
+    let memory = GuestMemory::new(Layout::new(RAM, 40).unwrap()).unwrap();
+    memory.write(Gpa(CODE), code).unwrap();
+    let mut vm = Vm::new(kvm, memory, options).unwrap();
+    for index in 0..vcpus {
+        let vcpu = vm.add_vcpu().unwrap();
+        if index == 0 {
+            set_up(vcpu, mode);
+        }
+    }
+    vm.start(devices).unwrap()
+}
+
+/// RIP at the code, a stack below it.
+fn set_up(vcpu: &kvm_ioctls::VcpuFd, mode: Mode) {
+    let mut sregs = vcpu.get_sregs().unwrap();
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    if let Mode::Protected = mode {
+        sregs.cr0 |= 1;
+        sregs.cs = flat(0xb, 8);
+        let data = flat(0x3, 16);
+        (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+        sregs.idt.limit = 0;
+    }
+    vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    regs.rip = CODE;
+    regs.rsp = 0xf00;
+    regs.rflags = 2;
+    vcpu.set_regs(&regs).unwrap();
+}
+
+/// A 4 GiB segment of this type for privilege level 0.
+fn flat(kind: u8, selector: u16) -> kvm_bindings::kvm_segment {
+    kvm_bindings::kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_: kind,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    }
+}
