@@ -3,9 +3,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 
+use super::window::{FIRST_PAGE, WINDOW_PAGES};
 use crate::patch::SectionKind;
 
 /// All that one boot of one guest has in its arena.
@@ -148,6 +150,44 @@ impl PatchRecord {
     }
 }
 
+impl Manifest {
+    /// A manifest for a boot that has none yet, newer than what an earlier boot may have left.
+    #[must_use]
+    pub fn fresh(boot: &str, generation: u64) -> Self {
+        Self {
+            boot: boot.to_owned(),
+            generation,
+            next_page: FIRST_PAGE,
+            patches: Vec::new(),
+        }
+    }
+
+    /// Whether it is possible: extents lie within the window and below `next_page`, edits within a
+    /// page and as long on both sides. A guest can write to the slot, so nothing else is believed.
+    #[must_use]
+    pub fn check(&self) -> bool {
+        (FIRST_PAGE..=WINDOW_PAGES).contains(&self.next_page)
+            && self.patches.iter().all(|patch| patch.check(self.next_page))
+    }
+}
+
+impl PatchRecord {
+    fn check(&self, next_page: u32) -> bool {
+        let extents = self.extents.iter().all(|extent| {
+            extent.page >= FIRST_PAGE
+                && extent
+                    .page
+                    .checked_add(extent.pages)
+                    .is_some_and(|end| end <= next_page)
+        });
+        let edits = self.sites.iter().flat_map(|site| &site.edits).all(|edit| {
+            let length = edit.old.len() as u64;
+            edit.new.len() as u64 == length && edit.at.page_offset() + length <= PAGE_SIZE
+        });
+        extents && edits && !self.sites.iter().any(|site| site.edits.is_empty())
+    }
+}
+
 /// Why the manifest cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
@@ -162,12 +202,23 @@ pub enum ManifestError {
         /// What is wrong.
         what: String,
     },
-    /// Written by a newer program.
-    #[error("the arena's manifest has format version {found}, this program reads up to {known}")]
-    Newer {
+    /// Written by another version of this program.
+    #[error("the arena's manifest has format {found}, this program reads format {known}")]
+    OtherVersion {
         /// What the manifest says.
         found: u32,
-        /// The newest this program knows.
+        /// What this program knows.
         known: u32,
     },
+    /// More than one copy can hold.
+    #[error("the arena's manifest would have {size} bytes, it can have {limit}")]
+    TooLarge {
+        /// Its size in bytes.
+        size: usize,
+        /// Most bytes it can have.
+        limit: usize,
+    },
+    /// It cannot be encoded.
+    #[error("the arena's manifest cannot be encoded: {0}")]
+    Encode(postcard::Error),
 }

@@ -4,9 +4,9 @@
 use serde::{Deserialize, Serialize};
 
 use vmpatch_introspect::target::Edit;
-use vmpatch_introspect::{Gpa, Gva, GvaRange};
+use vmpatch_introspect::{Gva, GvaRange};
 
-use crate::arena::{BusyRange, MapEdits, PatchRecord};
+use crate::arena::{ArenaWrite, BusyRange, MapEdits, PatchRecord};
 
 /// A patch that is linked for one boot of one guest and whose old functions were found running there.
 /// Nothing in it depends on the patch file any more.
@@ -16,8 +16,8 @@ pub struct Verified {
     pub boot: String,
     /// What the manifest will say of it: name, digest, sites, busy ranges.
     pub record: PatchRecord,
-    /// Into the arena slot while the guest runs, in this order: new code and data, page-table entries,
-    /// then the manifest.
+    /// Into the arena slot while the guest runs, in this order: the manifest, so that no other patch is
+    /// given these pages; new code and data; then the page-table entries.
     pub arena_writes: Vec<ArenaWrite>,
     /// In the stop, first: map the arena window. Not reversed by rollback.
     pub map: MapEdits,
@@ -38,15 +38,6 @@ impl Verified {
     pub fn busy(&self) -> impl Iterator<Item = &BusyRange> {
         self.record.busy_for_apply()
     }
-}
-
-/// Bytes for the arena slot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ArenaWrite {
-    /// Where in the slot.
-    pub at: Gpa,
-    /// What is to be there.
-    pub bytes: Vec<u8>,
 }
 
 /// One replaced function.
