@@ -2,9 +2,7 @@
 
 mod support;
 
-use std::sync::Arc;
-
-use support::{Mode, Recorder, guest, guest_in, kvm};
+use support::{Mode, guest, guest_in, kvm, recorder};
 use vmpatch_vmm::vm::{Fault, Outcome};
 
 #[test]
@@ -12,7 +10,7 @@ fn power_off_and_reset_are_told_apart() {
     let Some(kvm) = kvm() else { return };
     // out 0xf4, al / out 0xf5, al
     for (port, outcome) in [(0xf4, Outcome::PowerOff), (0xf5, Outcome::Reset)] {
-        let machine = guest(&kvm, &[0xe6, port], 1, Arc::new(Recorder::default()));
+        let machine = guest(&kvm, &[0xe6, port], 1, recorder());
         assert_eq!(machine.wait(), outcome);
     }
 }
@@ -21,7 +19,7 @@ fn power_off_and_reset_are_told_apart() {
 fn a_terminated_machine_leaves_its_loop() {
     let Some(kvm) = kvm() else { return };
     // jmp $
-    let machine = guest(&kvm, &[0xeb, 0xfe], 2, Arc::new(Recorder::default()));
+    let machine = guest(&kvm, &[0xeb, 0xfe], 2, recorder());
     machine.terminate();
     assert_eq!(machine.wait(), Outcome::Terminated);
 }
@@ -31,7 +29,7 @@ fn a_triple_fault_ends_in_a_message_with_registers_and_code() {
     let Some(kvm) = kvm() else { return };
     // mov eax, 0x12345678; ud2, with an empty interrupt table
     let code = [0xb8, 0x78, 0x56, 0x34, 0x12, 0x0f, 0x0b];
-    let machine = guest_in(&kvm, Mode::Protected, &code, Arc::new(Recorder::default()));
+    let machine = guest_in(&kvm, Mode::Protected, &code, recorder());
     let Outcome::Crashed(crash) = machine.wait() else {
         panic!("{:?}", machine.outcome());
     };
@@ -48,7 +46,7 @@ fn an_instruction_that_kvm_cannot_emulate_ends_in_a_message() {
     let Some(kvm) = kvm() else { return };
     // jmp to where no memory is: KVM cannot fetch the instruction to emulate
     let code = [0xe9, 0xfb, 0xef, 0xff, 0x3f];
-    let machine = guest_in(&kvm, Mode::Protected, &code, Arc::new(Recorder::default()));
+    let machine = guest_in(&kvm, Mode::Protected, &code, recorder());
     let Outcome::Crashed(crash) = machine.wait() else {
         panic!("{:?}", machine.outcome());
     };

@@ -2,10 +2,9 @@
 
 mod support;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use support::{CODE, Recorder, guest, kvm};
+use support::{CODE, guest, kvm, recorder};
 use vmpatch_introspect::vcpu::Activity;
 
 const DEADLINE: Duration = Duration::from_secs(2);
@@ -14,12 +13,7 @@ const DEADLINE: Duration = Duration::from_secs(2);
 fn a_thousand_stops_of_a_tight_loop() {
     let Some(kvm) = kvm() else { return };
     // inc eax; jmp back
-    let machine = guest(
-        &kvm,
-        &[0x66, 0x40, 0xeb, 0xfc],
-        1,
-        Arc::new(Recorder::default()),
-    );
+    let machine = guest(&kvm, &[0x66, 0x40, 0xeb, 0xfc], 1, recorder());
     for _ in 0..1000 {
         let stopped = machine.stop(DEADLINE).unwrap();
         let vcpu = stopped.vcpus()[0];

@@ -4,11 +4,10 @@
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmpatch_introspect::address::Gpa;
 
-use super::devices::{After, Devices};
 use super::outcome::Fault;
 use super::registers::ioctl;
+use crate::bus::{Bus, Effect};
 
 /// What one entry into the guest came to.
 #[derive(Debug)]
@@ -18,17 +17,17 @@ pub(super) enum Came {
     /// A signal or `immediate_exit` ended it. No I/O is pending.
     Interrupted,
     /// A device says that the machine ends.
-    Off(After),
+    Off(Effect),
     /// The vCPU cannot go on.
     Stuck(Fault),
 }
 
 /// Enters the guest once and serves the exit.
-pub(super) fn enter(vcpu: &mut VcpuFd, devices: &dyn Devices) -> Came {
+pub(super) fn enter(vcpu: &mut VcpuFd, bus: &Bus) -> Came {
     let (port, direction) = match vcpu.run() {
         Ok(VcpuExit::IoIn(port, data)) => (port, Direction::In(Buffer::of(data))),
         Ok(VcpuExit::IoOut(port, data)) => (port, Direction::Out(Buffer::of_const(data))),
-        Ok(exit) => return serve(exit, devices),
+        Ok(exit) => return serve(exit, bus),
         // EAGAIN: a vCPU that waited for its start-up IPI has had it, or was woken without.
         Err(error) if error.errno() == libc::EAGAIN => return Came::Back,
         Err(error) if error.errno() == libc::EINTR => return Came::Interrupted,
@@ -38,29 +37,32 @@ pub(super) fn enter(vcpu: &mut VcpuFd, devices: &dyn Devices) -> Came {
     match direction {
         Direction::In(mut buffer) => {
             for access in buffer.bytes().chunks_mut(size) {
-                devices.port_read(port, access);
+                // What no device answers reads as ones; the page still holds the last access.
+                access.fill(0xff);
+                bus.read_port(port, access);
             }
             Came::Back
         }
         Direction::Out(mut buffer) => buffer
             .bytes()
             .chunks(size)
-            .map(|access| came(devices.port_write(port, access)))
+            .map(|access| came(bus.write_port(port, access)))
             .find(|came| !matches!(came, Came::Back))
             .unwrap_or(Came::Back),
     }
 }
 
-fn serve(exit: VcpuExit<'_>, devices: &dyn Devices) -> Came {
+fn serve(exit: VcpuExit<'_>, bus: &Bus) -> Came {
     match exit {
         VcpuExit::MmioRead(at, data) => {
-            devices.memory_read(Gpa(at), data);
+            data.fill(0xff);
+            bus.read_mmio(at, data);
             Came::Back
         }
-        VcpuExit::MmioWrite(at, data) => came(devices.memory_write(Gpa(at), data)),
+        VcpuExit::MmioWrite(at, data) => came(bus.write_mmio(at, data)),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) => Came::Back,
-        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Came::Off(After::PowerOff),
-        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Came::Off(After::Reset),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Came::Off(Effect::PowerOff),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Came::Off(Effect::Reset),
         other => Came::Stuck(fault(&other)),
     }
 }
@@ -77,9 +79,9 @@ fn fault(exit: &VcpuExit<'_>) -> Fault {
     }
 }
 
-const fn came(after: After) -> Came {
-    match after {
-        After::GoOn => Came::Back,
+const fn came(effect: Effect) -> Came {
+    match effect {
+        Effect::None => Came::Back,
         off => Came::Off(off),
     }
 }

@@ -1,6 +1,5 @@
 //! A virtual machine: the KVM VM, its vCPU threads and how they are stopped. Owns the life of the
-//! machine from "made" to "finished"; does not own its memory ([`crate::memory`]), its devices (behind
-//! [`Devices`]) nor what the guest boots.
+//! machine from "made" to "finished"; does not own its memory ([`crate::memory`]), its devices ([`crate::bus`]) nor what the guest boots.
 //!
 //! ```text
 //!   Vm::new ──▶ made ──start──▶ running ◀──▶ stopped (by its owner, or for a patch)
@@ -12,7 +11,6 @@
 
 mod assist;
 pub(crate) mod batch;
-mod devices;
 mod exit;
 pub(crate) mod futex;
 mod gate;
@@ -30,18 +28,16 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
+use crate::bus::Bus;
+use crate::config::MAX_VCPUS;
 use crate::memory::{GuestMemory, SetupError};
 
 pub use batch::{MAX_BATCH_BYTES, MAX_EDITS};
-pub use devices::{After, Devices};
 pub use outcome::{Crash, Fault, Outcome};
 pub use running::Running;
 use running::Shared;
 pub use state::{Holder, State};
 pub use stop::Stopped;
-
-/// The most vCPUs a machine can have.
-pub const MAX_VCPUS: u32 = 8;
 
 /// Where KVM keeps three pages of its own for real mode on Intel hosts: below the top of the 32-bit
 /// space, in no memory map (Linux Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
@@ -157,11 +153,11 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError`] where there is no vCPU or no thread.
-    pub fn start(self, devices: Arc<dyn Devices>) -> Result<Arc<Running>, VmError> {
+    pub fn start(self, bus: Arc<Bus>) -> Result<Arc<Running>, VmError> {
         if self.vcpus.is_empty() {
             return Err(VmError::VcpuCount);
         }
-        Running::start(self, devices)
+        Running::start(self, bus)
     }
 }
 

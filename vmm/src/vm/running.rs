@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::{Cap, VmFd};
 use vmpatch_introspect::target::StopError;
 
-use super::devices::Devices;
 use super::gate::{CloseError, Closed, Gate};
 use super::outcome::Outcome;
 use super::state::{Holder, State};
 use super::stop::Stopped;
 use super::vcpu::Runner;
 use super::{Options, Vm, VmError, kick};
+use crate::bus::Bus;
 use crate::memory::GuestMemory;
 
 /// What all threads of a machine share.
 pub(super) struct Shared {
     pub(super) gate: Gate,
-    pub(super) devices: Arc<dyn Devices>,
+    pub(super) bus: Arc<Bus>,
     pub(super) memory: GuestMemory,
     pub(super) options: Options,
     outcome: Mutex<Option<Outcome>>,
@@ -64,13 +64,13 @@ pub struct Running {
 }
 
 impl Running {
-    pub(super) fn start(vm: Vm, devices: Arc<dyn Devices>) -> Result<Arc<Self>, VmError> {
+    pub(super) fn start(vm: Vm, bus: Arc<Bus>) -> Result<Arc<Self>, VmError> {
         kick::install_handler().map_err(VmError::Threads)?;
         let vcpus = vm.vcpus.len();
         let sync = vm.fd.check_extension_int(Cap::SyncRegs);
         let shared = Arc::new(Shared {
             gate: Gate::new(vcpus),
-            devices,
+            bus,
             memory: vm.memory,
             options: vm.options,
             outcome: Mutex::new(None),

@@ -21,12 +21,12 @@ use vmpatch_introspect::address::Gpa;
 use vmpatch_introspect::target::PhysicalMemory;
 use vmpatch_introspect::vcpu::Vcpu;
 
-use super::devices::After;
 use super::exit::{self, Came};
 use super::gate::{Kind, Post, Wish};
 use super::outcome::{Crash, Fault, Outcome};
 use super::registers::{self, Core, MsrReader};
 use super::{Shared, assist};
+use crate::bus::Effect;
 
 /// Rounds of `KVM_RUN` that may be needed to complete pending I/O. KVM re-enters the guest, and sees
 /// `immediate_exit`, at least after each 1024 repetitions of a string instruction (Linux
@@ -94,10 +94,10 @@ impl Runner {
 
     /// Enters the guest once.
     fn turn(&mut self) -> Result<Turned, Box<Outcome>> {
-        match exit::enter(&mut self.fd, &*self.shared.devices) {
+        match exit::enter(&mut self.fd, &self.shared.bus) {
             Came::Back => Ok(Turned::Served),
             Came::Interrupted => Ok(Turned::Interrupted),
-            Came::Off(After::Reset) => Err(Box::new(Outcome::Reset)),
+            Came::Off(Effect::Reset) => Err(Box::new(Outcome::Reset)),
             Came::Off(_) => Err(Box::new(Outcome::PowerOff)),
             Came::Stuck(fault) => self.stuck(fault),
         }

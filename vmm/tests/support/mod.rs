@@ -1,23 +1,25 @@
 //! Small guests for the tests: a few bytes of 16-bit code, devices that record, vCPUs set up by hand.
 // Each test file uses a part of it, and a helper that fails is a test that fails.
-#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
 use vmpatch_introspect::address::Gpa;
+use vmpatch_vmm::bus::{Bus, Device, Effect};
 use vmpatch_vmm::memory::{GuestMemory, Layout};
-use vmpatch_vmm::vm::{After, Devices, Options, Running, Vm};
+use vmpatch_vmm::vm::{Options, Running, Vm};
 
 /// Where the code lies, and where its vCPUs begin.
 pub const CODE: u64 = 0x1000;
 /// Guest RAM in bytes.
 pub const RAM: u64 = 2 << 20;
+/// A page of the recorder's in guest-physical space.
+pub const MMIO: u64 = 0xd000_0000;
 /// The port that switches the machine off.
-pub const OFF_PORT: u16 = 0xf4;
+pub const OFF_PORT: u64 = 0xf4;
 /// The port that resets it.
-pub const RESET_PORT: u16 = 0xf5;
+pub const RESET_PORT: u64 = 0xf5;
 
 /// The host's KVM, or `None`, loudly, where there is none.
 pub fn kvm() -> Option<Kvm> {
@@ -29,49 +31,40 @@ pub fn kvm() -> Option<Kvm> {
 }
 
 /// What a port write sets off.
-pub type Call = Box<dyn FnMut(u16, &[u8]) + Send>;
+pub type Call = Box<dyn FnMut(u64, &[u8]) + Send>;
 
 /// Devices that remember what was written and answer every read with the count of reads so far.
 #[derive(Default)]
 pub struct Recorder {
-    pub written: Mutex<Vec<u8>>,
-    pub reads: AtomicU64,
-    /// Called on every port write, on the vCPU's thread.
-    pub on_write: Mutex<Option<Call>>,
+    pub written: Vec<u8>,
+    pub reads: u8,
+    /// Called on every write, on the vCPU's thread.
+    pub on_write: Option<Call>,
 }
 
-impl Recorder {
-    pub fn written(&self) -> Vec<u8> {
-        self.written.lock().unwrap().clone()
-    }
+/// The recorder, as the bus and the test share it.
+pub type Shared = Arc<Mutex<Recorder>>;
+
+pub fn recorder() -> Shared {
+    Arc::default()
 }
 
-impl Devices for Recorder {
-    fn port_read(&self, _: u16, into: &mut [u8]) {
-        let count = self.reads.fetch_add(1, Ordering::SeqCst);
-        into.fill(count as u8);
+impl Device for Recorder {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(self.reads);
+        self.reads = self.reads.wrapping_add(1);
     }
 
-    fn port_write(&self, port: u16, from: &[u8]) -> After {
-        if let Some(call) = self.on_write.lock().unwrap().as_mut() {
-            call(port, from);
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        if let Some(call) = self.on_write.as_mut() {
+            call(offset, data);
         }
-        self.written.lock().unwrap().extend_from_slice(from);
-        match port {
-            OFF_PORT => After::PowerOff,
-            RESET_PORT => After::Reset,
-            _ => After::GoOn,
+        self.written.extend_from_slice(data);
+        match offset {
+            OFF_PORT => Effect::PowerOff,
+            RESET_PORT => Effect::Reset,
+            _ => Effect::None,
         }
-    }
-
-    fn memory_read(&self, _: Gpa, into: &mut [u8]) {
-        let count = self.reads.fetch_add(1, Ordering::SeqCst);
-        into.fill(count as u8);
-    }
-
-    fn memory_write(&self, _: Gpa, from: &[u8]) -> After {
-        self.written.lock().unwrap().extend_from_slice(from);
-        After::GoOn
     }
 }
 
@@ -85,12 +78,12 @@ pub enum Mode {
 }
 
 /// A guest whose boot vCPU runs `code` in real mode, with `vcpus` vCPUs in all.
-pub fn guest(kvm: &Kvm, code: &[u8], vcpus: u32, devices: Arc<Recorder>) -> Arc<Running> {
+pub fn guest(kvm: &Kvm, code: &[u8], vcpus: u32, devices: Shared) -> Arc<Running> {
     start(kvm, Mode::Real, code, vcpus, devices, Options::default())
 }
 
 /// A guest with one vCPU that runs `code` in `mode`.
-pub fn guest_in(kvm: &Kvm, mode: Mode, code: &[u8], devices: Arc<Recorder>) -> Arc<Running> {
+pub fn guest_in(kvm: &Kvm, mode: Mode, code: &[u8], devices: Shared) -> Arc<Running> {
     start(kvm, mode, code, 1, devices, Options::default())
 }
 
@@ -99,7 +92,7 @@ pub fn start(
     mode: Mode,
     code: &[u8],
     vcpus: u32,
-    devices: Arc<Recorder>,
+    devices: Shared,
     options: Options,
 ) -> Arc<Running> {
     let memory = GuestMemory::new(Layout::new(RAM, 40).unwrap()).unwrap();
@@ -111,7 +104,10 @@ pub fn start(
             set_up(vcpu, mode);
         }
     }
-    vm.start(devices).unwrap()
+    let mut bus = Bus::default();
+    bus.attach_ports(0, u16::MAX, devices.clone()).unwrap();
+    bus.attach_mmio(MMIO, 0x1000, devices).unwrap();
+    vm.start(Arc::new(bus)).unwrap()
 }
 
 /// RIP at the code, a stack below it.
