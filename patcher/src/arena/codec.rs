@@ -187,7 +187,9 @@ mod tests {
         let slot = Slot::new();
         slot.write(place(slot.range, 3), &encode(&manifest(3)).unwrap());
         let newer = encode(&manifest(4)).unwrap();
-        for cut in 1..newer.len() {
+        // The slot is zero where nothing was written, so zeroes at the end are not missed.
+        let last = newer.iter().rposition(|&byte| byte != 0).unwrap();
+        for cut in 1..=last {
             slot.write(place(slot.range, 4), &newer[..cut]);
             assert_eq!(
                 read(&slot, slot.range).unwrap().unwrap().generation,
