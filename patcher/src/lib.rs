@@ -13,4 +13,5 @@ pub mod link;
 pub mod patch;
 pub mod quiescence;
 pub mod rollback;
+pub mod status;
 pub mod verify;

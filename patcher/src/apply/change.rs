@@ -1,0 +1,157 @@
+//! A change of a guest: one batch of edits, what must stand on no stack while it is written, and what goes
+//! into the arena before. Apply and rollback are both one of these, so there is one way to write. Owns the
+//! derivation of both; writes nothing.
+
+use vmpatch_introspect::target::{Edit, MemoryError, Target};
+use vmpatch_introspect::{Gpa, PhysicalMemory};
+
+use crate::arena::PatchRecord;
+use crate::journal::record::{ArenaEdit, Operation};
+use crate::quiescence::BusyRanges;
+use crate::verify::Verified;
+
+/// More arena bytes than one patch may bring.
+const MAX_ARENA: usize = 4 << 20;
+const PAGE: u64 = vmpatch_introspect::address::PAGE_SIZE;
+
+/// What is to be written, where, and under which conditions.
+#[derive(Clone, Debug)]
+pub struct Change {
+    operation: Operation,
+    boot: String,
+    patch: PatchRecord,
+    edits: Vec<Edit>,
+    arena: Vec<ArenaEdit>,
+    busy: BusyRanges,
+}
+
+/// Why no change can be made of it.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// An edit is empty, crosses a page, or its sides differ in length.
+    #[error("edit at guest-physical {at}: {what}")]
+    Malformed {
+        /// Where.
+        at: Gpa,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// More than one patch may bring.
+    #[error("{0} bytes for the arena, more than the {MAX_ARENA} allowed")]
+    TooLarge(usize),
+    /// The arena cannot be read.
+    #[error("arena: {0}")]
+    Arena(#[from] MemoryError),
+}
+
+impl Change {
+    /// The change that applies a verified patch. Reads what the arena holds now, for the intent.
+    ///
+    /// # Errors
+    /// [`ChangeError`].
+    pub fn apply(verified: &Verified, vm: &dyn Target) -> Result<Self, ChangeError> {
+        let bytes = verified
+            .arena_writes
+            .iter()
+            .map(|write| write.bytes.len())
+            .sum();
+        if bytes > MAX_ARENA {
+            return Err(ChangeError::TooLarge(bytes));
+        }
+        let arena = verified
+            .arena_writes
+            .iter()
+            .map(|write| arena_edit(vm, write.at, &write.bytes))
+            .collect::<Result<_, _>>()?;
+        Self {
+            operation: Operation::Apply,
+            boot: verified.boot.clone(),
+            busy: BusyRanges::new(verified.record.busy_for_apply(), &verified.record.sites),
+            patch: verified.record.clone(),
+            edits: verified.batch(),
+            arena,
+        }
+        .checked()
+    }
+
+    /// The change that takes an applied patch back: its edits reversed, gated on its new functions. Its
+    /// arena pages stay as they are, for timers and RCU callbacks may still point there.
+    ///
+    /// # Errors
+    /// [`ChangeError::Malformed`].
+    pub fn rollback(patch: &PatchRecord, boot: &str) -> Result<Self, ChangeError> {
+        Self {
+            operation: Operation::Rollback,
+            boot: boot.to_owned(),
+            busy: BusyRanges::new(patch.busy_for_rollback(), &patch.sites),
+            edits: patch.rollback_edits(),
+            patch: patch.clone(),
+            arena: Vec::new(),
+        }
+        .checked()
+    }
+
+    /// Which way it goes.
+    #[must_use]
+    pub const fn operation(&self) -> Operation {
+        self.operation
+    }
+
+    /// The boot of the guest it is for.
+    #[must_use]
+    pub fn boot(&self) -> &str {
+        &self.boot
+    }
+
+    /// The patch it concerns.
+    #[must_use]
+    pub const fn patch(&self) -> &PatchRecord {
+        &self.patch
+    }
+
+    /// The batch of the stop, in order.
+    #[must_use]
+    pub fn edits(&self) -> &[Edit] {
+        &self.edits
+    }
+
+    /// What goes into the arena before the stop, in order.
+    #[must_use]
+    pub fn arena(&self) -> &[ArenaEdit] {
+        &self.arena
+    }
+
+    /// What must stand on no stack.
+    #[must_use]
+    pub const fn busy(&self) -> &BusyRanges {
+        &self.busy
+    }
+
+    fn checked(self) -> Result<Self, ChangeError> {
+        for edit in &self.edits {
+            let end = edit.at.page_offset().saturating_add(edit.new.len() as u64);
+            let what = match (
+                edit.old.len() == edit.new.len(),
+                edit.new.is_empty(),
+                end > PAGE,
+            ) {
+                (false, ..) => "its two sides differ in length",
+                (_, true, _) => "it is empty",
+                (.., true) => "it crosses a page",
+                _ => continue,
+            };
+            return Err(ChangeError::Malformed { at: edit.at, what });
+        }
+        Ok(self)
+    }
+}
+
+fn arena_edit(vm: &dyn Target, at: Gpa, new: &[u8]) -> Result<ArenaEdit, MemoryError> {
+    let mut old = vec![0; new.len()];
+    PhysicalMemory::read(vm, at, &mut old)?;
+    Ok(ArenaEdit {
+        at,
+        old,
+        new: new.to_vec(),
+    })
+}

@@ -1,0 +1,142 @@
+//! Why a change was not made, and what that says of the guest. Owns the verdicts that the command line turns
+//! into exit codes; each phase owns its own error.
+
+use vmpatch_introspect::AttachError;
+use vmpatch_introspect::target::{ArenaError, ResumeError, StopError, WriteError};
+
+use super::change::ChangeError;
+use super::place::PlaceError;
+use crate::journal::{JournalError, LockError};
+use crate::quiescence::{Busy, NotQuiet};
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Something stood in the way until the timeout.
+    #[error("still busy after {attempts} attempts: {busy}")]
+    Busy {
+        /// At the last attempt.
+        busy: Busy,
+        /// How many there were.
+        attempts: u32,
+    },
+    /// The guest has booted anew since the patch was linked for it.
+    #[error("the guest has booted anew since it was looked at; nothing was written")]
+    OtherBoot,
+    /// The stopped guest could not be examined.
+    #[error("the stopped guest cannot be examined, so nothing was written: {0}")]
+    Unknown(#[source] AttachError),
+    /// The change cannot be made of what was given.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// The journal does not let it begin or end.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The arena was not filled.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The machine was not stopped.
+    #[error(transparent)]
+    Stop(#[from] StopError),
+    /// The batch was not written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The guest was not resumed as asked.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
+}
+
+/// What a failure means to whoever asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// The guest or the patch does not allow it.
+    Refused,
+    /// Something was in the way until the timeout.
+    Busy,
+    /// The machine cannot be reached.
+    Unreachable,
+    /// Anything else.
+    Other,
+}
+
+impl Failure {
+    /// What it means to whoever asked.
+    #[must_use]
+    pub const fn kind(&self) -> FailureKind {
+        match self {
+            Self::Busy { .. } => FailureKind::Busy,
+            Self::OtherBoot
+            | Self::Unknown(_)
+            | Self::Change(_)
+            | Self::Place(
+                PlaceError::Changed { .. } | PlaceError::Write(ArenaError::Unsupported(_)),
+            )
+            | Self::Stop(StopError::NotRunning(_))
+            | Self::Write(WriteError::Differs { .. } | WriteError::Malformed { .. })
+            | Self::Journal(
+                JournalError::Open { .. } | JournalError::Lock(LockError::Held { .. }),
+            ) => FailureKind::Refused,
+            Self::Stop(StopError::Unreachable(_))
+            | Self::Write(WriteError::Unreachable(_))
+            | Self::Resume(ResumeError::Unreachable(_))
+            | Self::Place(PlaceError::Write(ArenaError::Unreachable(_))) => {
+                FailureKind::Unreachable
+            }
+            _ => FailureKind::Other,
+        }
+    }
+
+    /// Whether the guest is certain to run as before. Where not, the intent must stay open.
+    #[must_use]
+    pub const fn guest_unchanged(&self) -> bool {
+        !matches!(
+            self,
+            Self::Write(WriteError::UndoFailed { .. } | WriteError::Unreachable(_))
+                | Self::Resume(ResumeError::Unreachable(_))
+        )
+    }
+}
+
+/// Why one attempt was given up.
+#[derive(Debug, thiserror::Error)]
+pub enum Attempt {
+    /// The machine was not stopped.
+    #[error(transparent)]
+    Stop(#[from] StopError),
+    /// It was not quiet.
+    #[error(transparent)]
+    NotQuiet(#[from] NotQuiet),
+    /// The batch was not written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The guest was not resumed as asked.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
+}
+
+impl Attempt {
+    /// Whether the next attempt may go better: the guest runs as before, and what was in the way may pass.
+    #[must_use]
+    pub const fn passes(&self) -> bool {
+        matches!(
+            self,
+            Self::NotQuiet(NotQuiet::Busy(_))
+                | Self::Stop(StopError::Deadline { .. })
+                | Self::Write(WriteError::LeaseExpired)
+                | Self::Resume(ResumeError::LeaseExpired)
+        )
+    }
+
+    /// The failure it is, if it was the last of so many attempts.
+    #[must_use]
+    pub fn after(self, attempts: u32) -> Failure {
+        match self {
+            Self::NotQuiet(NotQuiet::Busy(busy)) => Failure::Busy { busy, attempts },
+            Self::NotQuiet(NotQuiet::OtherBoot) => Failure::OtherBoot,
+            Self::NotQuiet(NotQuiet::Unknown(why)) => Failure::Unknown(why),
+            Self::Stop(why) => Failure::Stop(why),
+            Self::Write(why) => Failure::Write(why),
+            Self::Resume(why) => Failure::Resume(why),
+        }
+    }
+}

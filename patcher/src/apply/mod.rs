@@ -1,0 +1,138 @@
+//! Apply: the phases of one change, each a value that consumes the one before. Rollback goes the same way
+//! with its edits reversed; there is no other code that writes to a guest.
+//!
+//! ```text
+//!   Change ── journal.begin ──▶ Intent ── place ──▶ Placed ── stop ──▶ Stopped
+//!                                 │                    ▲                  │ check_stacks
+//!                                 │                    │ Err: guest runs  ▼
+//!                                 │                    ├──────────────  Quiet
+//!                                 │                    │                  │ write
+//!                                 │                    ├─ Err: undone ─ Written
+//!                                 ▼                    │                  │ resume
+//!                        commit / abandon ◀────────────┴──────────────  Applied
+//! ```
+//!
+//! Only [`Stopped::check_stacks`] makes a [`Quiet`], and only a [`Quiet`] can write. Dropping any of them
+//! undoes what was written and resumes the guest: the machine's own stop does that.
+
+pub mod change;
+pub mod failure;
+pub mod observer;
+pub mod place;
+pub mod retry;
+
+use vmpatch_introspect::StoppedTarget;
+use vmpatch_introspect::target::{ResumeError, StopReport, WriteError};
+
+pub use change::{Change, ChangeError};
+pub use failure::{Attempt, Failure, FailureKind};
+pub use observer::{Boundary, Observer, Setback, Timings, Unobserved};
+pub use place::{PlaceError, Placed};
+pub use retry::Schedule;
+
+use crate::quiescence::{self, Examined, NotQuiet, Witness};
+
+/// Every vCPU is out of guest mode. Nothing is known of their stacks yet.
+#[must_use = "the guest stands still; dropped, it runs on unchanged"]
+pub struct Stopped<'a> {
+    target: Box<dyn StoppedTarget + 'a>,
+    change: &'a Change,
+    observer: &'a dyn Observer,
+}
+
+/// A stopped guest in which nothing stands in the way of the change.
+#[must_use = "the guest stands still; dropped, it runs on unchanged"]
+pub struct Quiet<'a> {
+    target: Box<dyn StoppedTarget + 'a>,
+    change: &'a Change,
+    observer: &'a dyn Observer,
+    examined: Examined,
+}
+
+/// A stopped guest with the batch written and read back.
+#[must_use = "the guest stands still; dropped, it runs on without the change"]
+pub struct Written<'a> {
+    target: Box<dyn StoppedTarget + 'a>,
+    observer: &'a dyn Observer,
+    examined: Examined,
+}
+
+/// The guest runs with the change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// What the stop cost.
+    pub report: StopReport,
+    /// What was examined in it.
+    pub examined: Examined,
+}
+
+/// A change made, and how many stops it took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempted {
+    /// The last attempt.
+    pub applied: Applied,
+    /// How many there were, from 1.
+    pub attempts: u32,
+}
+
+impl<'a> Stopped<'a> {
+    /// Examines vCPUs and stacks. An error lets the guest run on.
+    ///
+    /// # Errors
+    /// [`NotQuiet`], with what is in the way.
+    pub fn check_stacks(self, witness: &dyn Witness) -> Result<Quiet<'a>, NotQuiet> {
+        let Self {
+            target,
+            change,
+            observer,
+        } = self;
+        let examined =
+            quiescence::examine(witness, target.memory(), target.vcpus(), change.busy())?;
+        observer.boundary(Boundary::Checked);
+        Ok(Quiet {
+            target,
+            change,
+            observer,
+            examined,
+        })
+    }
+}
+
+impl<'a> Quiet<'a> {
+    /// Compares, writes and reads back the batch; all or nothing.
+    ///
+    /// # Errors
+    /// [`WriteError`]; the guest runs on unchanged, but for [`WriteError::UndoFailed`].
+    pub fn write(self) -> Result<Written<'a>, WriteError> {
+        let Self {
+            mut target,
+            change,
+            observer,
+            examined,
+        } = self;
+        target.write(change.edits())?;
+        observer.boundary(Boundary::Written);
+        Ok(Written {
+            target,
+            observer,
+            examined,
+        })
+    }
+}
+
+impl Written<'_> {
+    /// Lets the guest run with the change.
+    ///
+    /// # Errors
+    /// [`ResumeError`] says whether the writes were kept.
+    pub fn resume(self) -> Result<Applied, ResumeError> {
+        let Self {
+            target,
+            observer,
+            examined,
+        } = self;
+        let report = target.resume()?;
+        observer.boundary(Boundary::Resumed);
+        Ok(Applied { report, examined })
+    }
+}

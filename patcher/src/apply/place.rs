@@ -1,0 +1,89 @@
+//! New code into the arena, while the guest runs. Owns the arena writes and their read-back; what is
+//! written is the linker's.
+
+use vmpatch_introspect::target::{ArenaError, MemoryError, StopError, StopRequest};
+use vmpatch_introspect::{Gpa, PhysicalMemory, Target};
+
+use super::Stopped;
+use super::observer::Boundary;
+use crate::journal::{ArenaEdit, Intent};
+
+/// A change whose arena bytes are in place, so that it can be switched on in a stop.
+pub struct Placed<'a> {
+    pub(super) intent: &'a Intent<'a>,
+    pub(super) vm: &'a dyn Target,
+}
+
+/// Why the arena was not filled.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// It was not written.
+    #[error(transparent)]
+    Write(#[from] ArenaError),
+    /// It cannot be read.
+    #[error("arena: {0}")]
+    Read(#[from] MemoryError),
+    /// It does not hold what the intent says.
+    #[error("arena at {at} changed since it was looked at")]
+    Changed {
+        /// Where the write was to begin.
+        at: Gpa,
+    },
+    /// It does not hold what was written.
+    #[error("arena at {at} did not read back as written")]
+    ReadBack {
+        /// Where the write began.
+        at: Gpa,
+    },
+}
+
+impl<'a> Placed<'a> {
+    pub(crate) fn new(intent: &'a Intent<'a>, vm: &'a dyn Target) -> Result<Self, PlaceError> {
+        let edits = intent.change().arena();
+        for edit in edits {
+            if !holds(vm, edit.at, &edit.old)? {
+                return Err(PlaceError::Changed { at: edit.at });
+            }
+        }
+        for edit in edits {
+            vm.write_arena(edit.at, &edit.new)?;
+            if !holds(vm, edit.at, &edit.new)? {
+                return Err(PlaceError::ReadBack { at: edit.at });
+            }
+        }
+        intent.observer().boundary(Boundary::Placed);
+        Ok(Self { intent, vm })
+    }
+
+    /// Takes every vCPU out of guest mode, or none.
+    ///
+    /// # Errors
+    /// [`StopError`]; the guest runs on.
+    pub fn stop(&self, request: StopRequest) -> Result<Stopped<'_>, StopError> {
+        let target = self.vm.stop(request)?;
+        let observer = self.intent.observer();
+        observer.boundary(Boundary::Stopped);
+        Ok(Stopped {
+            target,
+            change: self.intent.change(),
+            observer,
+        })
+    }
+}
+
+/// Puts back what the arena held, last write first. Only for a change that never ran: nothing in the guest
+/// has learned of these addresses. What cannot be put back is left: nothing points there.
+pub(crate) fn take_back(vm: &dyn Target, edits: &[ArenaEdit]) {
+    for edit in edits.iter().rev() {
+        if let Err(why) = vm.write_arena(edit.at, &edit.old) {
+            tracing::warn!(at = %edit.at, %why, "arena bytes of an abandoned change stay");
+            return;
+        }
+    }
+}
+
+fn holds(vm: &dyn Target, at: Gpa, bytes: &[u8]) -> Result<bool, MemoryError> {
+    let mut now = vec![0; bytes.len()];
+    PhysicalMemory::read(vm, at, &mut now)?;
+    Ok(now == bytes)
+}

@@ -1,0 +1,94 @@
+//! Trying again until the guest is quiet: pauses that grow, up to a timeout. Owns the schedule; each attempt
+//! is a whole stop and the caller's.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::failure::{Attempt, Failure};
+use super::observer::{Observer, Setback};
+use super::{Applied, Attempted};
+use crate::quiescence::NotQuiet;
+
+/// When to try again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    /// Pause after the first attempt.
+    pub first: Duration,
+    /// No pause is longer.
+    pub longest: Duration,
+    /// No attempt begins later than this after the first.
+    pub timeout: Duration,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self {
+            first: Duration::from_millis(5),
+            longest: Duration::from_millis(500),
+            timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Schedule {
+    /// The default pauses, up to `timeout`.
+    #[must_use]
+    pub fn until(timeout: Duration) -> Self {
+        Self {
+            timeout,
+            ..Self::default()
+        }
+    }
+
+    /// The pause after attempt `attempt` (from 1), which ended `spent` after the first began; `None`
+    /// where there is to be no other. Pauses double, and the last is cut short so that the timeout is used.
+    #[must_use]
+    pub fn pause(&self, attempt: u32, spent: Duration) -> Option<Duration> {
+        let left = self
+            .timeout
+            .checked_sub(spent)
+            .filter(|left| !left.is_zero())?;
+        let doubled = 1_u32
+            .checked_shl(attempt.saturating_sub(1))
+            .unwrap_or(u32::MAX);
+        Some(
+            self.first
+                .saturating_mul(doubled)
+                .min(self.longest)
+                .min(left),
+        )
+    }
+
+    /// Makes attempts until one succeeds, one fails for good, or the time is over.
+    ///
+    /// # Errors
+    /// The last attempt's failure.
+    pub fn run(
+        &self,
+        observer: &dyn Observer,
+        mut attempt: impl FnMut() -> Result<Applied, Attempt>,
+    ) -> Result<Attempted, Failure> {
+        let began = Instant::now();
+        let mut attempts = 0_u32;
+        loop {
+            attempts = attempts.saturating_add(1);
+            let setback = match attempt() {
+                Ok(applied) => return Ok(Attempted { applied, attempts }),
+                Err(setback) if setback.passes() => setback,
+                Err(failure) => return Err(failure.after(attempts)),
+            };
+            let Some(pause) = self.pause(attempts, began.elapsed()) else {
+                return Err(setback.after(attempts));
+            };
+            observer.retrying(attempts, &describe(&setback), pause);
+            thread::sleep(pause);
+        }
+    }
+}
+
+fn describe(setback: &Attempt) -> Setback<'_> {
+    match setback {
+        Attempt::NotQuiet(NotQuiet::Busy(busy)) => Setback::Busy(busy),
+        other => Setback::Machine(other),
+    }
+}
