@@ -1,30 +1,19 @@
 //! A kernel that was found: identity, layout, symbols and types, owned, so that they can be used
 //! inside a stop without touching guest memory again.
 
-use crate::address::{Gva, GvaRange};
+use crate::address::GvaRange;
+use crate::find::{self, Found};
 use crate::identity::Identity;
+use crate::image::{self, Region};
+pub use crate::layout::Layout;
 use crate::modules::Module;
-use crate::paging::{AddressSpace, KernelMemory, ReadError};
+use crate::paging::{KernelMemory, ReadError};
 use crate::symbols::Symbols;
+use crate::symbols::kallsyms::{self, Evidence};
 use crate::target::PhysicalMemory;
 use crate::tasks::Task;
 use crate::types::Types;
 use crate::vcpu::Vcpu;
-
-/// Where the kernel lies.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// `_stext` to `_etext`.
-    pub text: GvaRange,
-    /// `__init_begin` to `__init_end`, freed after boot.
-    pub init: Option<GvaRange>,
-    /// The kernel's own page tables (`init_top_pgt`).
-    pub space: AddressSpace,
-    /// `__per_cpu_offset`, one for each possible CPU.
-    pub per_cpu_offset: Vec<u64>,
-    /// Base of the direct map (`page_offset_base`).
-    pub direct_map: Gva,
-}
 
 /// A found kernel.
 #[derive(Debug)]
@@ -63,8 +52,20 @@ impl Kernel {
     ///
     /// # Errors
     /// [`AttachError`].
-    pub fn attach(_memory: &dyn PhysicalMemory, _vcpus: &[Vcpu]) -> Result<Self, AttachError> {
-        Err(AttachError::NoKernel("not looked for".to_owned()))
+    pub fn attach(memory: &dyn PhysicalMemory, vcpus: &[Vcpu]) -> Result<Self, AttachError> {
+        let found = find::find(memory, vcpus)?;
+        let through_vcpu = KernelMemory::new(memory, found.space);
+        let regions = image::regions(&through_vcpu, found.page_fault)?;
+        let symbols = read_symbols(&through_vcpu, &found, &regions)?;
+        let layout = Layout::read(&through_vcpu, &found, &regions, &symbols)?;
+        let own = KernelMemory::new(memory, layout.space);
+        let identity = Identity::read(&own, &layout, &regions, &symbols)?;
+        Ok(Self {
+            identity,
+            layout,
+            symbols,
+            types: Types::default(),
+        })
     }
 
     /// Kernel-virtual memory through the kernel's own page tables.
@@ -88,4 +89,21 @@ impl Kernel {
     pub fn modules(&self, _physical: &dyn PhysicalMemory) -> Result<Vec<Module>, AttachError> {
         Ok(Vec::new())
     }
+}
+
+/// Symbols by kallsyms: in read-only data first, then, for kernels that do not protect them, in all data.
+fn read_symbols(
+    memory: &KernelMemory<'_>,
+    found: &Found,
+    regions: &[Region],
+) -> Result<Symbols, AttachError> {
+    let data = |writable| {
+        let wanted = move |region: &&Region| !region.executable && region.writable == writable;
+        regions.iter().filter(wanted).map(|region| region.range)
+    };
+    let ranges: Vec<GvaRange> = data(false).chain(data(true)).collect();
+    let mut anchors = vec![("asm_exc_page_fault", found.page_fault)];
+    anchors.extend(found.syscall.map(|at| ("entry_SYSCALL_64", at)));
+    anchors.extend(regions.first().map(|text| ("_text", text.range.start)));
+    kallsyms::read(memory, &ranges, &Evidence { anchors })
 }

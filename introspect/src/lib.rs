@@ -8,8 +8,11 @@
 
 pub mod address;
 pub mod dump;
+mod find;
 pub mod identity;
+mod image;
 pub mod kernel;
+mod layout;
 pub mod modules;
 pub mod paging;
 pub mod stacks;
@@ -22,6 +25,7 @@ pub mod vcpu;
 
 pub use address::{Gpa, GpaRange, Gva, GvaRange};
 pub use dump::Dump;
+pub use find::ForeignVcpu;
 pub use kernel::{AttachError, Kernel};
 pub use paging::{AddressSpace, KernelMemory, ReadError};
 pub use target::{PhysicalMemory, StoppedTarget, Target};

@@ -1,0 +1,185 @@
+//! Which kernel the vCPUs run: its page tables and two of its entry points, from registers alone. Owns
+//! the question whether all vCPUs agree; knows nothing of symbols.
+
+use std::fmt;
+
+use crate::address::{Gpa, Gva};
+use crate::kernel::AttachError;
+use crate::paging::{AddressSpace, KernelMemory, ReadError};
+use crate::target::PhysicalMemory;
+use crate::vcpu::{Activity, Vcpu};
+
+/// Gate of the page-fault exception (Intel SDM vol. 3 table 6-1).
+const PAGE_FAULT_VECTOR: u64 = 14;
+/// Size of a gate in long mode (Intel SDM vol. 3 section 6.14.1).
+const GATE_SIZE: u64 = 16;
+/// KPTI keeps the user half of the tables one page above the kernel half (Linux v6.12
+/// arch/x86/entry/calling.h, PTI_USER_PGTABLE_BIT).
+const USER_HALF: u64 = 1 << 12;
+const CR0_PAGING: u64 = 1 << 31;
+const EFER_LONG_MODE_ACTIVE: u64 = 1 << 10;
+
+/// What the vCPUs agree on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Tables that map the whole kernel.
+    pub(crate) space: AddressSpace,
+    /// The shared interrupt descriptor table.
+    pub(crate) idt_base: Gva,
+    /// `asm_exc_page_fault`, from IDT gate 14.
+    pub(crate) page_fault: Gva,
+    /// `entry_SYSCALL_64`, from MSR_LSTAR, where the hypervisor tells it.
+    pub(crate) syscall: Option<Gva>,
+}
+
+/// Why a vCPU does not show the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForeignVcpu {
+    /// System-management mode: the registers are the firmware's.
+    #[error("in system-management mode")]
+    ManagementMode,
+    /// A nested guest: the registers may be that guest's.
+    #[error("running a nested guest")]
+    NestedGuest,
+    /// Paging or long mode is off.
+    #[error("not in long mode")]
+    NotLongMode,
+    /// The page-fault gate cannot be read or leads nowhere.
+    #[error("its interrupt table at {0} cannot be read")]
+    NoGate(Gva),
+    /// The interrupt table is not the kernel's.
+    #[error("its interrupt table lies at {found}, the kernel's at {expected}")]
+    OtherTable {
+        /// Where its own lies.
+        found: Gva,
+        /// Where the kernel's lies.
+        expected: Gva,
+    },
+    /// The handler is not the kernel's.
+    #[error("its page-fault handler is {found}, the others' is {expected}")]
+    OtherHandler {
+        /// Its own.
+        found: Gva,
+        /// That of the vCPUs before it.
+        expected: Gva,
+    },
+}
+
+impl ForeignVcpu {
+    /// What the registers alone rule out.
+    ///
+    /// # Errors
+    /// Why the vCPU cannot be standing in a kernel of ours.
+    pub(crate) const fn check(vcpu: &Vcpu) -> Result<(), Self> {
+        if vcpu.smm {
+            return Err(Self::ManagementMode);
+        }
+        if vcpu.nested_guest {
+            return Err(Self::NestedGuest);
+        }
+        if vcpu.cr0 & CR0_PAGING == 0 || vcpu.efer & EFER_LONG_MODE_ACTIVE == 0 {
+            return Err(Self::NotLongMode);
+        }
+        Ok(())
+    }
+}
+
+/// One vCPU's view: where its page-fault handler lies, virtually and physically.
+struct View {
+    found: Found,
+    handler_at: Gpa,
+}
+
+/// Examines every vCPU; those that wait for their start-up IPI have no view and are passed over.
+///
+/// # Errors
+/// No vCPU shows a kernel, or they do not agree; the message names each that stands apart.
+pub(crate) fn find(memory: &dyn PhysicalMemory, vcpus: &[Vcpu]) -> Result<Found, AttachError> {
+    let mut agreed: Option<View> = None;
+    let mut apart = Vec::new();
+    for vcpu in vcpus
+        .iter()
+        .filter(|vcpu| vcpu.activity != Activity::WaitingForSipi)
+    {
+        match view(memory, vcpu).and_then(|view| agree(agreed.as_mut(), view)) {
+            Ok(view) => agreed = view.or(agreed),
+            Err(why) => apart.push((vcpu.index, why)),
+        }
+    }
+    if !apart.is_empty() {
+        return Err(AttachError::NoKernel(Apart(&apart).to_string()));
+    }
+    let none = || AttachError::NoKernel("no vCPU has been started".to_owned());
+    Ok(agreed.ok_or_else(none)?.found)
+}
+
+/// Compares a view with the first one; gives it back only if it is the first.
+fn agree(first: Option<&mut View>, view: View) -> Result<Option<View>, ForeignVcpu> {
+    let Some(first) = first else {
+        return Ok(Some(view));
+    };
+    let (expected, found) = (first.found.page_fault, view.found.page_fault);
+    if expected != found || first.handler_at != view.handler_at {
+        return Err(ForeignVcpu::OtherHandler { found, expected });
+    }
+    first.found.syscall = first.found.syscall.or(view.found.syscall);
+    Ok(None)
+}
+
+struct Apart<'a>(&'a [(u32, ForeignVcpu)]);
+
+impl fmt::Display for Apart<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (nth, (index, why)) in self.0.iter().enumerate() {
+            let comma = if nth == 0 { "" } else { "; " };
+            write!(f, "{comma}vCPU {index}: {why}")?;
+        }
+        Ok(())
+    }
+}
+
+fn view(memory: &dyn PhysicalMemory, vcpu: &Vcpu) -> Result<View, ForeignVcpu> {
+    ForeignVcpu::check(vcpu)?;
+    let given = AddressSpace::of_registers(vcpu.cr3, vcpu.cr4);
+    let no_gate = |_| ForeignVcpu::NoGate(vcpu.idt_base);
+    let page_fault = gate(&KernelMemory::new(memory, given), vcpu.idt_base).map_err(no_gate)?;
+    let (space, handler_at) = kernel_half(memory, given, page_fault).map_err(no_gate)?;
+    let syscall = vcpu.lstar.filter(|at| at.0 != 0);
+    Ok(View {
+        found: Found {
+            space,
+            idt_base: vcpu.idt_base,
+            page_fault,
+            syscall,
+        },
+        handler_at,
+    })
+}
+
+/// The handler that IDT gate 14 names.
+fn gate(memory: &KernelMemory<'_>, idt_base: Gva) -> Result<Gva, ReadError> {
+    let at = idt_base.wrapping_add(PAGE_FAULT_VECTOR * GATE_SIZE);
+    let gate = u128::from_le_bytes(memory.read_array::<16>(at)?);
+    let low = gate & 0xffff;
+    let middle = (gate >> 48) & 0xffff;
+    let high = (gate >> 64) & 0xffff_ffff;
+    Ok(Gva(
+        u64::try_from(low | middle << 16 | high << 32).unwrap_or(0)
+    ))
+}
+
+/// Under KPTI the user half of the tables maps the entry code too, but little else of the kernel. The
+/// kernel half is the page below; it is taken if it maps the handler to the same place.
+fn kernel_half(
+    memory: &dyn PhysicalMemory,
+    given: AddressSpace,
+    handler: Gva,
+) -> Result<(AddressSpace, Gpa), ReadError> {
+    let at = KernelMemory::new(memory, given).physical_of(handler)?;
+    let below = AddressSpace {
+        root: Gpa(given.root.0 & !USER_HALF),
+        ..given
+    };
+    let same = KernelMemory::new(memory, below).physical_of(handler) == Ok(at);
+    Ok((if same { below } else { given }, at))
+}

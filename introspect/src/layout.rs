@@ -1,0 +1,179 @@
+//! Where the parts of a kernel lie: its text, its own page tables, its per-CPU areas, its direct map.
+//! Found by symbols where the kernel has data symbols (CONFIG_KALLSYMS_ALL), else by what memory shows.
+
+use crate::address::{Gpa, Gva, GvaRange, PAGE_SIZE};
+use crate::find::Found;
+use crate::image::Region;
+use crate::kernel::AttachError;
+use crate::paging::{AddressSpace, KernelMemory};
+use crate::symbols::Symbols;
+
+/// More CPUs than x86-64 Linux can have (arch/x86/Kconfig, NR_CPUS_RANGE_END).
+const MOST_CPUS: u32 = 8192;
+/// First entry of the kernel half of a top-level table, and how many there are.
+const KERNEL_HALF: u64 = 256;
+const ENTRIES: u64 = 512;
+
+/// Where the kernel lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// `_stext` to `_etext`.
+    pub text: GvaRange,
+    /// `__init_begin` to `__init_end`, freed after boot.
+    pub init: Option<GvaRange>,
+    /// The kernel's own page tables (`init_top_pgt`).
+    pub space: AddressSpace,
+    /// `__per_cpu_offset`, one for each possible CPU.
+    pub per_cpu_offset: Vec<u64>,
+    /// Base of the direct map (`page_offset_base`).
+    pub direct_map: Gva,
+    /// The interrupt descriptor table that every CPU of this kernel has loaded.
+    pub idt_base: Gva,
+}
+
+impl Layout {
+    /// Reads the layout of the kernel that was `found`.
+    ///
+    /// # Errors
+    /// [`AttachError`] where text or page tables are not as any kernel has them.
+    pub(crate) fn read(
+        memory: &KernelMemory<'_>,
+        found: &Found,
+        regions: &[Region],
+        symbols: &Symbols,
+    ) -> Result<Self, AttachError> {
+        let text = text(symbols)?;
+        let space = own_tables(memory, found.space, regions, symbols)?;
+        let memory = KernelMemory::new(memory.physical, space);
+        Ok(Self {
+            text,
+            init: between(symbols, "__init_begin", "__init_end"),
+            space,
+            per_cpu_offset: per_cpu_offsets(&memory, symbols)?,
+            direct_map: direct_map(&memory, symbols)?,
+            idt_base: found.idt_base,
+        })
+    }
+}
+
+fn between(symbols: &Symbols, start: &str, end: &str) -> Option<GvaRange> {
+    let range = GvaRange {
+        start: symbols.unique(start).ok()?,
+        end: symbols.unique(end).ok()?,
+    };
+    (!range.is_empty()).then_some(range)
+}
+
+fn text(symbols: &Symbols) -> Result<GvaRange, AttachError> {
+    between(symbols, "_stext", "_etext").ok_or_else(|| AttachError::Unsupported {
+        what: "kallsyms",
+        why: "no `_stext` below an `_etext`".to_owned(),
+    })
+}
+
+/// The tables that outlive every process.
+fn own_tables(
+    memory: &KernelMemory<'_>,
+    found: AddressSpace,
+    regions: &[Region],
+    symbols: &Symbols,
+) -> Result<AddressSpace, AttachError> {
+    let root = match symbols
+        .unique("init_top_pgt")
+        .or_else(|_| symbols.unique("swapper_pg_dir"))
+    {
+        Ok(at) => memory.physical_of(at)?,
+        Err(_) => tables_like(memory, found, regions)?,
+    };
+    Ok(AddressSpace { root, ..found })
+}
+
+/// The page of the kernel's data whose upper half equals that of the tables in use and whose lower half
+/// is empty: no process has tables in the image, and no other page looks so.
+fn tables_like(
+    memory: &KernelMemory<'_>,
+    found: AddressSpace,
+    regions: &[Region],
+) -> Result<Gpa, AttachError> {
+    let unsupported = |why: &str| AttachError::Unsupported {
+        what: "page tables",
+        why: why.to_owned(),
+    };
+    let model = read_table(memory, found.root)?;
+    let mut candidates = Vec::new();
+    for region in regions
+        .iter()
+        .filter(|region| region.writable && !region.executable)
+    {
+        let mut at = region.range.start;
+        while at < region.range.end {
+            let frame = memory.physical_of(at)?;
+            // The last entry maps the kernel image: compare it before all others.
+            let last = frame.wrapping_add((ENTRIES - 1) * 8);
+            let matches = memory.physical.read_u64(last).ok() == model.last().copied()
+                && like(&read_table(memory, frame)?, &model);
+            if matches {
+                candidates.push(frame);
+            }
+            at = at.wrapping_add(PAGE_SIZE);
+        }
+    }
+    match candidates.as_slice() {
+        [one] => Ok(*one),
+        [] => Err(unsupported(
+            "no page of the kernel's data looks like init_top_pgt",
+        )),
+        _ => Err(unsupported(
+            "several pages of the kernel's data look like init_top_pgt",
+        )),
+    }
+}
+
+fn read_table(memory: &KernelMemory<'_>, at: Gpa) -> Result<Vec<u64>, AttachError> {
+    let mut bytes = vec![0; (ENTRIES * 8) as usize];
+    memory
+        .physical
+        .read(at, &mut bytes)
+        .map_err(crate::paging::ReadError::from)?;
+    let word = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).unwrap_or(0);
+    Ok(bytes.chunks_exact(8).map(word).collect())
+}
+
+/// Whether a table has an empty user half and the kernel half of `model`, access marks aside.
+fn like(table: &[u64], model: &[u64]) -> bool {
+    const ACCESSED: u64 = 1 << 5;
+    let half = KERNEL_HALF as usize;
+    let user_empty = table.iter().take(half).all(|entry| *entry == 0);
+    let same = |(a, b): (&u64, &u64)| a | ACCESSED == b | ACCESSED;
+    user_empty && table.iter().zip(model).skip(half).all(same)
+}
+
+fn per_cpu_offsets(memory: &KernelMemory<'_>, symbols: &Symbols) -> Result<Vec<u64>, AttachError> {
+    let Ok(table) = symbols.unique("__per_cpu_offset") else {
+        return Ok(Vec::new());
+    };
+    let count = match symbols.unique("nr_cpu_ids") {
+        Ok(at) => memory.read_u32(at)?,
+        Err(_) => 1,
+    };
+    let count = count.clamp(1, MOST_CPUS);
+    let mut offsets = Vec::new();
+    for cpu in 0..u64::from(count) {
+        offsets.push(memory.read_u64(table.wrapping_add(cpu * 8))?);
+    }
+    Ok(offsets)
+}
+
+/// Without KASLR of memory regions the base is fixed (Linux v6.12 arch/x86/include/asm/page_64_types.h,
+/// __PAGE_OFFSET_BASE_L4 and _L5).
+fn direct_map(memory: &KernelMemory<'_>, symbols: &Symbols) -> Result<Gva, AttachError> {
+    if let Ok(at) = symbols.unique("page_offset_base") {
+        return Ok(memory.read_pointer(at)?);
+    }
+    let five_level = memory.space.five_level;
+    Ok(Gva(if five_level {
+        0xff11_0000_0000_0000
+    } else {
+        0xffff_8880_0000_0000
+    }))
+}

@@ -1,0 +1,65 @@
+//! Dumps of stopped guests with the guest's own answers beside them, for tests that compare the two.
+//! The folder that holds them is named by `VMPATCH_DUMPS`; without it such tests are skipped, loudly.
+#![allow(dead_code, reason = "each test uses its own part")]
+#![allow(clippy::unwrap_used, reason = "only tests use it")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vmpatch_introspect::{Dump, Kernel};
+
+/// A stopped guest and what it said of itself before.
+pub(crate) struct Guest {
+    /// Name of its folder.
+    pub(crate) name: String,
+    pub(crate) dump: Dump,
+    pub(crate) kernel: Kernel,
+    folder: PathBuf,
+}
+
+impl Guest {
+    fn open(folder: &Path) -> Self {
+        let dump = Dump::open(folder).unwrap();
+        let kernel = Kernel::attach(&dump, dump.vcpus()).unwrap();
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        Self {
+            name,
+            dump,
+            kernel,
+            folder: folder.to_owned(),
+        }
+    }
+
+    /// One of the guest's answers, if it could give it.
+    pub(crate) fn answer(&self, file: &str) -> Option<String> {
+        let bytes = fs::read(self.folder.join(file)).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+/// Runs `check` on every dump there is.
+///
+/// # Panics
+/// `VMPATCH_DUMPS` is set but holds no dump.
+pub(crate) fn each_guest(check: impl Fn(&Guest)) {
+    let Some(folder) = std::env::var_os("VMPATCH_DUMPS") else {
+        eprintln!("SKIPPED: VMPATCH_DUMPS names no folder of guest dumps; nothing was compared");
+        return;
+    };
+    let mut folders: Vec<PathBuf> = fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.join("ram.bin").exists())
+        .collect();
+    folders.sort();
+    assert!(
+        !folders.is_empty(),
+        "VMPATCH_DUMPS holds no dump: {}",
+        folder.display()
+    );
+    for folder in folders {
+        let guest = Guest::open(&folder);
+        eprintln!("comparing with {}", guest.name);
+        check(&guest);
+    }
+}
