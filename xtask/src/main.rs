@@ -7,12 +7,14 @@ mod checksum;
 mod commands;
 mod cpio;
 mod host;
+mod images;
 mod manifest;
 mod packages;
 mod paths;
 mod progress;
 mod publish;
 mod run;
+mod source;
 
 use std::process::ExitCode;
 
@@ -31,6 +33,8 @@ struct Cli {
 enum Task {
     /// Install what the other commands need on this machine
     Setup,
+    /// Make guest images: kernel, first file system, planted module
+    Images(commands::images::ImagesArgs),
     /// Run one command in the test host
     Host(commands::host::HostArgs),
 }
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
 fn dispatch(task: Task) -> Result<i32> {
     match task {
         Task::Setup => commands::setup::tools().map(|_| 0),
+        Task::Images(args) => commands::images::run(&args),
         Task::Host(args) => commands::host::run(args),
     }
 }

@@ -1,4 +1,5 @@
 //! One file a developer command.
 
 pub(crate) mod host;
+pub(crate) mod images;
 pub(crate) mod setup;
