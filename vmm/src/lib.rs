@@ -2,8 +2,10 @@
 //!
 //! Knows nothing of patches: it offers [`vmpatch_introspect::target`]'s traits and no more.
 
+pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod devices;
+pub mod host;
 pub mod memory;
 pub mod vm;
