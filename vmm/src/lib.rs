@@ -7,5 +7,6 @@ pub mod bus;
 pub mod config;
 pub mod devices;
 pub mod host;
+pub mod machine;
 pub mod memory;
 pub mod vm;
