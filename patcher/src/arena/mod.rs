@@ -136,6 +136,7 @@ mod tests {
                 },
                 per_cpu_offset: Vec::new(),
                 direct_map: Gva(0),
+                idt_base: Gva(0),
             },
             symbols: Symbols::default(),
             types: Types::default(),

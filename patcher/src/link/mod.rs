@@ -1,2 +1,64 @@
 //! A patch placed for one live guest: every symbol resolved, every relocation applied, every entry jump
 //! chosen.
+
+pub mod boot;
+pub mod live;
+pub mod relocate;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::BTreeMap;
+
+    use vmpatch_introspect::{Gpa, Gva, ReadError};
+
+    use super::live::Live;
+
+    /// A guest of a few named bytes.
+    #[derive(Default)]
+    pub(crate) struct Fake {
+        names: Vec<(String, Gva)>,
+        bytes: BTreeMap<u64, u8>,
+    }
+
+    impl Fake {
+        pub(crate) fn new() -> Self {
+            Self::default()
+        }
+
+        pub(crate) fn name(&mut self, name: &str, at: Gva) {
+            self.names.push((name.to_owned(), at));
+        }
+
+        pub(crate) fn put(&mut self, at: Gva, bytes: &[u8]) {
+            for (offset, byte) in bytes.iter().enumerate() {
+                self.bytes.insert(at.0 + offset as u64, *byte);
+            }
+        }
+    }
+
+    impl Live for Fake {
+        fn named(&self, name: &str) -> Vec<Gva> {
+            let matching = self.names.iter().filter(|(it, _)| it == name);
+            matching.map(|(_, at)| *at).collect()
+        }
+
+        fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
+            for (offset, byte) in into.iter_mut().enumerate() {
+                let place = at.0 + offset as u64;
+                *byte = *self
+                    .bytes
+                    .get(&place)
+                    .ok_or(ReadError::NotMapped(Gva(place)))?;
+            }
+            Ok(())
+        }
+
+        fn physical(&self, at: Gva) -> Result<Gpa, ReadError> {
+            Ok(Gpa(at.0 & 0x3fff_ffff))
+        }
+
+        fn describe(&self, at: Gva) -> String {
+            at.to_string()
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What linking and matching ask of a guest: addresses of names, and memory. Owns the lookup in the object
+//! a patch is for; knows nothing of patches.
+
+use vmpatch_introspect::address::PAGE_SIZE;
+use vmpatch_introspect::symbols::Symbols;
+use vmpatch_introspect::{Gpa, Gva, Kernel, KernelMemory, PhysicalMemory, ReadError};
+
+/// A guest kernel as linking sees it.
+pub trait Live {
+    /// All addresses of a name, in the order that livepatch's `sympos` counts.
+    fn named(&self, name: &str) -> Vec<Gva>;
+
+    /// Fills `into` from `at` on.
+    ///
+    /// # Errors
+    /// [`ReadError`]; `into` is then unspecified.
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError>;
+
+    /// Where a byte lies in guest-physical memory.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn physical(&self, at: Gva) -> Result<Gpa, ReadError>;
+
+    /// A name for an address, for messages: `vfs_read+0x12`.
+    fn describe(&self, at: Gva) -> String;
+
+    /// The address of a name that has just one.
+    fn unique(&self, name: &str) -> Option<Gva> {
+        match *self.named(name) {
+            [at] => Some(at),
+            _ => None,
+        }
+    }
+
+    /// One little-endian word.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn read_u64(&self, at: Gva) -> Result<u64, ReadError> {
+        let mut word = [0; 8];
+        self.read(at, &mut word)?;
+        Ok(u64::from_le_bytes(word))
+    }
+
+    /// `len` bytes; callers bound `len`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn bytes(&self, at: Gva, len: usize) -> Result<Vec<u8>, ReadError> {
+        let mut bytes = vec![0; len];
+        self.read(at, &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// A kernel found in a guest.
+#[derive(Clone)]
+pub struct Guest<'a> {
+    kernel: &'a Kernel,
+    memory: KernelMemory<'a>,
+}
+
+impl<'a> Guest<'a> {
+    /// Looks at `kernel` through `physical`.
+    #[must_use]
+    pub fn new(kernel: &'a Kernel, physical: &'a dyn PhysicalMemory) -> Self {
+        Self {
+            kernel,
+            memory: kernel.memory(physical),
+        }
+    }
+
+    /// The kernel.
+    #[must_use]
+    pub const fn kernel(&self) -> &'a Kernel {
+        self.kernel
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub const fn memory(&self) -> &KernelMemory<'a> {
+        &self.memory
+    }
+}
+
+impl Live for Guest<'_> {
+    fn named(&self, name: &str) -> Vec<Gva> {
+        self.kernel
+            .symbols
+            .named(name)
+            .map(|symbol| symbol.at)
+            .collect()
+    }
+
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
+        self.memory.read(at, into)
+    }
+
+    fn physical(&self, at: Gva) -> Result<Gpa, ReadError> {
+        let found = self.memory.space.translate(self.memory.physical, at)?;
+        found.map(|it| it.at).ok_or(ReadError::NotMapped(at))
+    }
+
+    fn describe(&self, at: Gva) -> String {
+        describe(&self.kernel.symbols, at)
+    }
+}
+
+/// Symbol and distance, or the bare address.
+fn describe(symbols: &Symbols, at: Gva) -> String {
+    match symbols.containing(at) {
+        Some((symbol, _)) if symbol.at == at => symbol.name.to_owned(),
+        Some((symbol, _)) if at.0 - symbol.at.0 < 64 * PAGE_SIZE => {
+            format!("{}+{:#x}", symbol.name, at.0 - symbol.at.0)
+        }
+        _ => at.to_string(),
+    }
+}
