@@ -14,4 +14,6 @@ pub mod patch;
 pub mod quiescence;
 pub mod rollback;
 pub mod status;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod verify;

@@ -37,3 +37,11 @@ fn committed(entries: &[Entry]) -> impl Iterator<Item = (u64, &Begun)> {
         },
     )
 }
+
+/// Every change meant for one boot, however it ended, oldest first.
+pub fn of_boot<'a>(entries: &'a [Entry], boot: &str) -> impl Iterator<Item = &'a Begun> {
+    let begun = entries
+        .iter()
+        .filter_map(|entry| entry.transcript.begun.as_ref());
+    begun.filter(move |begun| begun.boot == boot)
+}

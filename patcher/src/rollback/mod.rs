@@ -1,1 +1,82 @@
-//! To be written.
+//! Rollback: which change takes a patch back, and whether it may. The change itself goes the way of every
+//! other one, through [`apply`](crate::apply); nothing is written here.
+
+use crate::apply::{Change, ChangeError};
+use crate::status::{Ledger, State};
+
+/// Why a patch cannot be taken back.
+#[derive(Debug, thiserror::Error)]
+pub enum RollbackError {
+    /// Neither the guest's manifest nor this host's journal has heard of it in this boot.
+    #[error("no patch named {name} was applied since this guest booted")]
+    NoSuchPatch {
+        /// The name asked for.
+        name: String,
+    },
+    /// It is known, but its sites are as before it.
+    #[error("patch {name} is not applied")]
+    NotApplied {
+        /// Its name.
+        name: String,
+    },
+    /// Its sites hold neither its old nor its new bytes.
+    #[error("the guest's text at {} is neither as patch {name} left it nor as before: not touched", functions.join(", "))]
+    Damaged {
+        /// Its name.
+        name: String,
+        /// The functions it replaces.
+        functions: Vec<String>,
+    },
+    /// Other patches lie upon it.
+    #[error("patch {name} lies beneath {}: roll that back first", above.join(", "))]
+    Beneath {
+        /// Its name.
+        name: String,
+        /// Those above.
+        above: Vec<String>,
+    },
+    /// Its record makes no change.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+}
+
+/// The change that takes `name` back, by manifest and journal; no patch file is needed.
+///
+/// # Errors
+/// [`RollbackError`].
+pub fn change(ledger: &Ledger, name: &str) -> Result<Change, RollbackError> {
+    let named = || name.to_owned();
+    let patch = ledger
+        .known()
+        .named(name)
+        .ok_or_else(|| RollbackError::NoSuchPatch { name: named() })?;
+    match patch.state {
+        State::Applied => {}
+        State::NotApplied => return Err(RollbackError::NotApplied { name: named() }),
+        State::Damaged => {
+            let functions = patch
+                .record
+                .sites
+                .iter()
+                .map(|site| site.function.clone())
+                .collect();
+            return Err(RollbackError::Damaged {
+                name: named(),
+                functions,
+            });
+        }
+    }
+    let above: Vec<_> = ledger
+        .known()
+        .above(patch)
+        .into_iter()
+        .map(str::to_owned)
+        .collect();
+    if !above.is_empty() {
+        return Err(RollbackError::Beneath {
+            name: named(),
+            above,
+        });
+    }
+    Ok(Change::rollback(&patch.record, ledger.boot())?)
+}

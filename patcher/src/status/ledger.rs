@@ -1,0 +1,154 @@
+//! The journal of one VM, settled, with what is known of every patch of this boot: where every change begins.
+//! Owns the order of opening: lock, then settle what was interrupted, then judge the patches.
+
+use std::path::Path;
+
+use vmpatch_introspect::Target;
+
+use super::known::{Known, KnownPatch, State};
+use super::settle::{self, Interrupted};
+use crate::apply::{Change, Observer};
+use crate::arena::{Manifest, codec};
+use crate::journal::{Entry, Intent, Journal, JournalError};
+
+/// A settled journal and what is known of the guest's patches.
+#[derive(Debug)]
+pub struct Ledger {
+    journal: Journal,
+    boot: String,
+    pub(super) entries: Vec<Entry>,
+    known: Known,
+    interrupted: Option<Interrupted>,
+    manifest_trouble: Option<String>,
+}
+
+/// Why a patch may not be applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AdmitError {
+    /// It is applied already.
+    #[error("patch {name} is applied already")]
+    Applied {
+        /// Its name.
+        name: String,
+    },
+    /// Another patch of that name is applied.
+    #[error("another patch named {name} is applied (digest {digest}); roll it back first")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// The digest of the one that is applied.
+        digest: String,
+    },
+    /// A change was interrupted, and it is not known what became of it.
+    #[error(
+        "it is not known what became of an earlier change of patch {patch}; see `vmpatch status`"
+    )]
+    Open {
+        /// The patch.
+        patch: String,
+    },
+}
+
+impl Ledger {
+    /// Locks and opens the journal, settles what was interrupted, and judges every patch of this boot.
+    ///
+    /// # Errors
+    /// [`JournalError`]; nothing was written to the guest.
+    pub fn open(folder: &Path, vm: &dyn Target, boot: &str) -> Result<Self, JournalError> {
+        let journal = Journal::open(folder)?;
+        let interrupted = match settle::judge(&journal.entries()?, boot, vm) {
+            Some((number, open)) => Some(settle::record(&journal, number, open)?),
+            None => None,
+        };
+        let entries = journal.entries()?;
+        let (manifest, manifest_trouble) = read_manifest(vm);
+        let known = Known::judge(manifest.as_ref(), &entries, boot, vm);
+        let boot = boot.to_owned();
+        Ok(Self {
+            journal,
+            boot,
+            entries,
+            known,
+            interrupted,
+            manifest_trouble,
+        })
+    }
+
+    /// The boot it speaks of.
+    #[must_use]
+    pub fn boot(&self) -> &str {
+        &self.boot
+    }
+
+    /// The patches of this boot.
+    #[must_use]
+    pub const fn known(&self) -> &Known {
+        &self.known
+    }
+
+    /// The change that was found interrupted, and what became of it.
+    #[must_use]
+    pub const fn interrupted(&self) -> Option<&Interrupted> {
+        self.interrupted.as_ref()
+    }
+
+    /// Why the guest's manifest could not be read, where that is so.
+    #[must_use]
+    pub fn manifest_trouble(&self) -> Option<&str> {
+        self.manifest_trouble.as_deref()
+    }
+
+    /// Whether a patch may be applied: not a second time, and no other of the same name.
+    ///
+    /// # Errors
+    /// [`AdmitError`].
+    pub fn admit(&self, name: &str, digest: &str) -> Result<(), AdmitError> {
+        if let Some(open) = self.interrupted().filter(|open| !open.recorded) {
+            return Err(AdmitError::Open {
+                patch: open.patch.clone(),
+            });
+        }
+        match self.known.named(name) {
+            Some(KnownPatch {
+                record,
+                state: State::Applied,
+                ..
+            }) if record.digest == digest => Err(AdmitError::Applied {
+                name: name.to_owned(),
+            }),
+            Some(KnownPatch {
+                record,
+                state: State::Applied,
+                ..
+            }) => Err(AdmitError::NameTaken {
+                name: name.to_owned(),
+                digest: record.digest.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the intent of a change durable. From here on the guest may be written to.
+    ///
+    /// # Errors
+    /// [`JournalError`]; the guest is as before.
+    pub fn begin(
+        self,
+        change: Change,
+        observer: &dyn Observer,
+    ) -> Result<Intent<'_>, JournalError> {
+        self.journal.begin(change, observer)
+    }
+}
+
+/// The guest's manifest, or why there is none.
+pub(super) fn read_manifest(vm: &dyn Target) -> (Option<Manifest>, Option<String>) {
+    let read = vm
+        .arena()
+        .map_err(|why| why.to_string())
+        .and_then(|slot| codec::read(vm, slot).map_err(|why| why.to_string()));
+    match read {
+        Ok(manifest) => (manifest, None),
+        Err(why) => (None, Some(why)),
+    }
+}

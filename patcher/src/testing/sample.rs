@@ -1,0 +1,154 @@
+//! One verified patch for the machine of plain bytes: two functions, one of them with a cold part, new text
+//! in the arena, the manifest there too.
+
+use vmpatch_introspect::target::Edit;
+use vmpatch_introspect::{Gpa, GpaRange, Gva, GvaRange, PhysicalMemory, Target};
+
+use super::machine::{Machine, SLOT, SLOT_SIZE};
+use crate::arena::{
+    ArenaWrite, BusyKind, BusyRange, Extent, Manifest, PatchRecord, SiteRecord, codec, window,
+};
+use crate::patch::SectionKind;
+use crate::verify::Verified;
+
+/// The boot that samples are made for.
+pub const BOOT: &str = "b007";
+/// Where the kernel's text begins; it lies at guest-physical zero.
+pub const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
+/// The first function: 64 bytes.
+pub const FIRST: Gva = Gva(TEXT.0 + 0x1000);
+/// The second: 64 bytes.
+pub const SECOND: Gva = Gva(TEXT.0 + 0x2000);
+/// The first one's cold part: 32 bytes.
+pub const COLD: Gva = Gva(TEXT.0 + 0x9000);
+/// The level-2 entries that map the arena.
+const LEVEL2: Gpa = Gpa(0x3fc0);
+const FUNCTION: u64 = 64;
+
+/// The arena slot.
+#[must_use]
+pub fn slot() -> GpaRange {
+    GpaRange {
+        start: SLOT,
+        end: Gpa(SLOT.0 + SLOT_SIZE),
+    }
+}
+
+/// Makes a machine fit for the samples: nothing maps the arena.
+#[must_use]
+pub fn machine() -> Machine {
+    let machine = Machine::new();
+    machine.set(LEVEL2, &[0; 16]);
+    machine
+}
+
+/// A patch of that name for what `machine` holds now, its new text in pages of its own.
+#[must_use]
+pub fn verified(machine: &Machine, name: &str) -> Verified {
+    let manifest = manifest(machine);
+    let page = manifest.next_page;
+    let record = record(machine, name, page);
+    let text: Vec<u8> = (0..4096_u32).map(|at| (at % 251) as u8).collect();
+    let write = |at, bytes| ArenaWrite { at, bytes };
+    Verified {
+        boot: BOOT.to_owned(),
+        arena_writes: vec![
+            write_manifest(manifest, &record),
+            write(window::page_frame(slot(), page), text),
+        ],
+        map: map_edits(machine),
+        switch: record.apply_edits(),
+        functions: Vec::new(),
+        record,
+    }
+}
+
+/// The manifest in force.
+#[must_use]
+pub fn manifest(machine: &Machine) -> Manifest {
+    codec::read(machine, machine.arena().unwrap())
+        .unwrap()
+        .unwrap_or_else(|| Manifest::fresh(BOOT, 0))
+}
+
+fn write_manifest(mut manifest: Manifest, record: &PatchRecord) -> ArenaWrite {
+    manifest.generation += 1;
+    manifest.next_page += 1;
+    manifest.patches.push(record.clone());
+    let bytes = codec::encode(&manifest).unwrap();
+    ArenaWrite {
+        at: codec::place(slot(), manifest.generation),
+        bytes,
+    }
+}
+
+fn map_edits(machine: &Machine) -> Vec<Edit> {
+    let mut old = [0; 16];
+    machine.read(LEVEL2, &mut old).unwrap();
+    let new = window::level2_entries(slot());
+    let edit = Edit {
+        at: LEVEL2,
+        old: old.to_vec(),
+        new: new.to_vec(),
+    };
+    if old == new { Vec::new() } else { vec![edit] }
+}
+
+fn record(machine: &Machine, name: &str, page: u32) -> PatchRecord {
+    let new = |index: u64| window::page_address(page).wrapping_add(index * FUNCTION);
+    PatchRecord {
+        name: name.to_owned(),
+        digest: format!("{name}-digest"),
+        extents: vec![Extent {
+            page,
+            pages: 1,
+            kind: SectionKind::Text,
+        }],
+        sites: vec![
+            site(machine, "first", FIRST, new(0)),
+            site(machine, "second", SECOND, new(1)),
+        ],
+        busy: vec![
+            busy("first", FIRST, FUNCTION, BusyKind::Old),
+            busy("first.cold", COLD, 32, BusyKind::OldPart),
+            busy("second", SECOND, FUNCTION, BusyKind::Old),
+            busy("first", new(0), FUNCTION, BusyKind::New),
+            busy("second", new(1), FUNCTION, BusyKind::New),
+        ],
+    }
+}
+
+/// An entry jump five bytes into the function, after its fentry site.
+fn site(machine: &Machine, function: &str, entry: Gva, to: Gva) -> SiteRecord {
+    let at = entry.wrapping_add(5);
+    let physical = Gpa(at.0 - TEXT.0);
+    let mut old = vec![0; 5];
+    machine.read(physical, &mut old).unwrap();
+    let distance = to.0.wrapping_sub(at.0 + 5) as u32;
+    let mut new = vec![0xe9];
+    new.extend(distance.to_le_bytes());
+    SiteRecord {
+        function: function.to_owned(),
+        at,
+        edits: vec![Edit {
+            at: physical,
+            old,
+            new,
+        }],
+        covered: GvaRange {
+            start: at,
+            end: at.wrapping_add(5),
+        },
+    }
+}
+
+fn busy(function: &str, start: Gva, size: u64, kind: BusyKind) -> BusyRange {
+    BusyRange {
+        range: GvaRange {
+            start,
+            end: start.wrapping_add(size),
+        },
+        function: function.to_owned(),
+        kind,
+    }
+}
