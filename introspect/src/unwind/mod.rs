@@ -1,11 +1,34 @@
-//! From one frame to the next: ORC where the kernel has it, frame pointers where not.
+//! From one frame to the next: ORC where the kernel has it, frame pointers where not. Owns what a trace is
+//! and whether it can be trusted; which stacks there are is [`stacks`](crate::stacks)' business.
+//!
+//! ```text
+//!   Unwinder::load ─── orc: tables, copied once ──┐
+//!                  └── hidden: where tracing keeps return addresses
+//!                                                 ▼
+//!   a stack ── memory: one plain copy ──▶ walk (by ORC) or chain (by frame pointers) ──▶ Trace
+//! ```
+
+mod chain;
+mod hidden;
+pub mod memory;
+pub mod orc;
+mod pt_regs;
+#[cfg(test)]
+mod tests;
+mod unwinder;
+mod walk;
+
+pub use hidden::Hidden;
+pub use memory::{StackKind, StackPool, StackSource, StackSpan};
+pub use unwinder::Unwinder;
 
 use serde::{Deserialize, Serialize};
 
-use crate::address::{Gva, GvaRange};
-use crate::kernel::{AttachError, Kernel};
-use crate::modules::Module;
-use crate::target::PhysicalMemory;
+use crate::address::Gva;
+
+/// No trace is longer: the kernel's own livepatch gives up beyond 100 frames (Linux v6.12
+/// `kernel/livepatch/transition.c`, `MAX_STACK_ENTRIES`).
+pub const MAX_FRAMES: usize = 256;
 
 /// How a frame came to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,25 +110,4 @@ pub struct Trace {
     pub frames: Vec<Frame>,
     /// `None`: complete to the entry from user mode or the first function of the thread.
     pub unreliable: Option<Unreliable>,
-}
-
-/// The unwind tables of a kernel and its modules, copied, so that a stop does not read them again.
-#[derive(Debug, Default)]
-pub struct Unwinder {}
-
-impl Unwinder {
-    /// Copies the tables. Modules loaded later are unknown to it: their frames come out unreliable.
-    ///
-    /// # Errors
-    /// Tables in an unknown format.
-    pub fn load(
-        _kernel: &Kernel,
-        _physical: &dyn PhysicalMemory,
-        _modules: &[Module],
-    ) -> Result<Self, AttachError> {
-        Ok(Self {})
-    }
-
-    /// More text whose functions keep frames as `tables` say: the arena's own code.
-    pub fn add_text(&mut self, _text: GvaRange, _ips: Vec<Gva>, _entries: Vec<u8>) {}
 }
