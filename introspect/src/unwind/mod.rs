@@ -20,6 +20,8 @@ mod walk;
 
 pub use hidden::Hidden;
 pub use memory::{StackKind, StackPool, StackSource, StackSpan};
+#[cfg(test)]
+pub(crate) use tests::vcpu as test_vcpu;
 pub use unwinder::Unwinder;
 
 use serde::{Deserialize, Serialize};
@@ -104,7 +106,7 @@ pub enum Unreliable {
 }
 
 /// The frames of one stack, innermost first, and whether they are all.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trace {
     /// The frames found.
     pub frames: Vec<Frame>,

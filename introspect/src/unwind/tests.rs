@@ -70,7 +70,7 @@ fn within(function: u64) -> u64 {
     TEXT + function * 0x100 + 0x20
 }
 
-fn vcpu(rip: u64, rsp: u64, rbp: u64) -> Vcpu {
+pub(crate) fn vcpu(rip: u64, rsp: u64, rbp: u64) -> Vcpu {
     let mut general = [0; 16];
     (general[4], general[5]) = (rsp, rbp);
     Vcpu {

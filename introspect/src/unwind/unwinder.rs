@@ -5,6 +5,7 @@ use crate::address::{Gva, GvaRange};
 use crate::kernel::{AttachError, Kernel};
 use crate::modules::{Module, ModuleOrc, ModuleState};
 use crate::paging::{KernelMemory, ReadError};
+use crate::stacks::cpu::Places;
 use crate::symbols::Symbols;
 use crate::target::PhysicalMemory;
 use crate::vcpu::Vcpu;
@@ -48,6 +49,7 @@ pub struct Unwinder {
     entry_text: Option<GvaRange>,
     /// Where a new task begins: not a return address though `inactive_task_frame` holds it.
     fork_return: Option<Gva>,
+    places: Places,
 }
 
 /// Text with its table, if it has one.
@@ -75,6 +77,7 @@ impl Unwinder {
             fork_return: ["ret_from_fork_asm", "ret_from_fork"]
                 .iter()
                 .find_map(|name| symbols.unique(name).ok()),
+            places: Places::find(kernel),
             ..Self::default()
         };
         unwinder.add_vmlinux(kernel, &memory)?;
@@ -134,6 +137,11 @@ impl Unwinder {
     #[must_use]
     pub fn orc_entries(&self) -> usize {
         self.tables.iter().map(Table::len).sum()
+    }
+
+    /// Where the stacks of each CPU are to be found.
+    pub(crate) const fn places(&self) -> &Places {
+        &self.places
     }
 
     /// The trampolines that hide return addresses.
@@ -287,7 +295,7 @@ impl Unwinder {
         let place = VmlinuxOrc::find(&kernel.symbols);
         if let Some(place) = &place {
             let (format, ips, stored) = place.read(memory)?;
-            let table = Table::new(format, &ips, &stored).map_err(refuse)?;
+            let table = Table::new(format, &ips, &stored).map_err(|why| refuse(&why))?;
             self.format = Some(format);
             self.tables.push(table);
         }
@@ -355,10 +363,10 @@ impl VmlinuxOrc {
         let entries =
             usize::try_from(self.entries.size() / ENTRY_SIZE as u64).unwrap_or(usize::MAX);
         if count > MAX_ENTRIES {
-            return Err(refuse(TableError::TooLarge(count)));
+            return Err(refuse(&TableError::TooLarge(count)));
         }
         if count != entries {
-            return Err(refuse(TableError::Uneven {
+            return Err(refuse(&TableError::Uneven {
                 ips: count,
                 entries,
             }));
@@ -380,7 +388,7 @@ impl VmlinuxOrc {
     }
 }
 
-fn refuse(why: TableError) -> AttachError {
+fn refuse(why: &TableError) -> AttachError {
     AttachError::Unsupported {
         what: "ORC unwind tables",
         why: why.to_string(),

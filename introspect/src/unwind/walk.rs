@@ -257,7 +257,7 @@ impl<'a, 'm> Walk<'a, 'm> {
                 }
             }
             Base::PreviousSp => {
-                self.bp = self.memory.word(caller_sp.wrapping_add_signed(offset))?
+                self.bp = self.memory.word(caller_sp.wrapping_add_signed(offset))?;
             }
             Base::Bp => self.bp = self.memory.word(self.bp.wrapping_add_signed(offset))?,
             _ => return Err(Unreliable::UndefinedEntry(Gva(self.ip))),
