@@ -1,7 +1,7 @@
 //! A kernel that was found: identity, layout, symbols and types, owned, so that they can be used
 //! inside a stop without touching guest memory again.
 
-use crate::address::GvaRange;
+use crate::address::{GpaRange, Gva, GvaRange};
 use crate::find::{self, Found};
 use crate::identity::Identity;
 use crate::image::{self, Region};
@@ -12,7 +12,9 @@ use crate::symbols::Symbols;
 use crate::symbols::kallsyms::{self, Evidence};
 use crate::target::PhysicalMemory;
 use crate::tasks::Task;
-use crate::types::Types;
+use crate::tasks::fields::TaskFields;
+use crate::tasks::walk::{self, Heads};
+use crate::types::{TypeError, Types, search};
 use crate::vcpu::Vcpu;
 
 /// A found kernel.
@@ -24,8 +26,9 @@ pub struct Kernel {
     pub layout: Layout,
     /// Symbols of vmlinux, by kallsyms.
     pub symbols: Symbols,
-    /// Types of vmlinux, by BTF or by profile.
+    /// Types of vmlinux, by BTF, or as far as the kernel's code and data show them.
     pub types: Types,
+    task_fields: Result<TaskFields, TypeError>,
 }
 
 /// Why no kernel was found, or not enough of it.
@@ -60,12 +63,22 @@ impl Kernel {
         let layout = Layout::read(&through_vcpu, &found, &regions, &symbols)?;
         let own = KernelMemory::new(memory, layout.space);
         let identity = Identity::read(&own, &layout, &regions, &symbols)?;
-        Ok(Self {
+        let types = search::read(&own, &regions, &symbols)?;
+        Ok(Self::new(identity, layout, symbols, types))
+    }
+
+    /// A kernel put together from its parts; what the methods need of `types` is looked up here, so that
+    /// a stop does not look for names.
+    #[must_use]
+    pub fn new(identity: Identity, layout: Layout, symbols: Symbols, types: Types) -> Self {
+        let task_fields = TaskFields::of(&types);
+        Self {
             identity,
             layout,
             symbols,
-            types: Types::default(),
-        })
+            types,
+            task_fields,
+        }
     }
 
     /// Kernel-virtual memory through the kernel's own page tables.
@@ -77,9 +90,36 @@ impl Kernel {
     /// Every task that may own a kernel stack: the task list, threads, idle tasks and exiting tasks.
     ///
     /// # Errors
-    /// A list that leads out of memory or never ends.
-    pub fn tasks(&self, _physical: &dyn PhysicalMemory) -> Result<Vec<Task>, AttachError> {
-        Ok(Vec::new())
+    /// A list that leads out of memory or never ends, or a kernel whose task lists are not known.
+    pub fn tasks(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Task>, AttachError> {
+        let fields = self
+            .task_fields
+            .as_ref()
+            .map_err(|why| AttachError::Unsupported {
+                what: "tasks",
+                why: why.to_string(),
+            })?;
+        let heads = Heads {
+            init_task: self.place("init_task")?,
+            run_queues: self.place("runqueues").ok(),
+            exit_lists: self.place("rcu_tasks__percpu").ok(),
+            per_cpu_offset: &self.layout.per_cpu_offset,
+            ram: physical.ram().iter().map(GpaRange::size).sum(),
+        };
+        walk::all(self.memory(physical), fields, &heads)
+    }
+
+    /// The address of the kernel's own variable of that name.
+    ///
+    /// # Errors
+    /// [`AttachError::Unsupported`] where it is not known.
+    pub fn place(&self, name: &str) -> Result<Gva, AttachError> {
+        self.symbols
+            .unique(name)
+            .map_err(|why| AttachError::Unsupported {
+                what: "symbols",
+                why: why.to_string(),
+            })
     }
 
     /// Every loaded module.

@@ -115,8 +115,8 @@ mod tests {
     }
 
     pub(super) fn kernel() -> Kernel {
-        Kernel {
-            identity: Identity {
+        Kernel::new(
+            Identity {
                 banner: String::new(),
                 release: String::new(),
                 build_id: None,
@@ -124,7 +124,7 @@ mod tests {
                 phys_base: 0,
                 boot: "b00t".into(),
             },
-            layout: Layout {
+            Layout {
                 text: GvaRange {
                     start: Gva(0),
                     end: Gva(0),
@@ -138,9 +138,9 @@ mod tests {
                 direct_map: Gva(0),
                 idt_base: Gva(0),
             },
-            symbols: Symbols::default(),
-            types: Types::default(),
-        }
+            Symbols::default(),
+            Types::default(),
+        )
     }
 
     pub(super) fn record(name: &str) -> PatchRecord {

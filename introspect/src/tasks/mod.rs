@@ -1,4 +1,7 @@
-//! Tasks as the scheduler knows them.
+//! Tasks as the scheduler knows them. What a task is stands here; [`walk`] finds them all.
+
+pub(crate) mod fields;
+pub(crate) mod walk;
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +15,7 @@ pub enum TaskKind {
     Listed,
     /// The idle task of a CPU.
     Idle,
-    /// Off the task list but not yet finished (`rtp_exit_list`).
+    /// Off the task list but not yet finished: on a CPU, a run queue or `rtp_exit_list`.
     Exiting,
 }
 

@@ -1,0 +1,122 @@
+//! Where the members of `task_struct` and of the run queue lie that this crate reads: looked up once,
+//! so that a stop does not resolve names. Probes for members, not for versions: distributions backport.
+
+use crate::types::{Member, TypeError, Types};
+
+/// Kernel stack size where the kernel's types do not tell (Linux v6.12
+/// arch/x86/include/asm/page_64_types.h, THREAD_SIZE without KASAN).
+const USUAL_STACK: u64 = 16 << 10;
+/// Length of `comm` (Linux v6.12 include/linux/sched.h, TASK_COMM_LEN).
+pub(super) const COMM: usize = 16;
+
+/// Offsets within `task_struct`, `signal_struct` and the run queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TaskFields {
+    /// Size of a task: bounds how many there can be.
+    pub(crate) size: u64,
+    pub(crate) tasks: u64,
+    pub(crate) pid: u64,
+    pub(crate) tgid: u64,
+    pub(crate) comm: u64,
+    pub(crate) state: u64,
+    pub(crate) flags: u64,
+    pub(crate) on_cpu: Option<u64>,
+    pub(crate) cpu: u64,
+    pub(crate) stack: u64,
+    /// Zero once the stack is freed.
+    pub(crate) stack_refcount: Option<u64>,
+    pub(crate) saved_sp: u64,
+    pub(crate) stack_size: u64,
+    pub(crate) threads: Threads,
+    pub(crate) run_queue: Option<RunQueue>,
+    /// `rcu_tasks_exit_list` in a task, `rtp_exit_list` in a CPU's `rcu_tasks_percpu`.
+    pub(crate) exit_list: Option<(u64, u64)>,
+    /// `thread_info.cpu`'s neighbour in time: when the task was started since boot, in ns.
+    pub(crate) start_boottime: Option<u64>,
+    pub(crate) stack_canary: Option<u64>,
+}
+
+/// How the threads of a process hang together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Threads {
+    pub(crate) signal: u64,
+    pub(crate) head: u64,
+    pub(crate) node: u64,
+}
+
+/// Members of `struct rq` and of a task on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RunQueue {
+    pub(crate) idle: u64,
+    pub(crate) current: u64,
+    /// Head in the queue and node in the task: `cfs_tasks`, `se.group_node`.
+    pub(crate) fair: Option<(u64, u64)>,
+}
+
+impl TaskFields {
+    /// Looks all members up.
+    ///
+    /// # Errors
+    /// One without which tasks cannot be read.
+    pub(crate) fn of(types: &Types) -> Result<Self, TypeError> {
+        let task = |path| types.offset_of("task_struct", path);
+        let any = |paths: &[&str]| first_of(types, "task_struct", paths);
+        Ok(Self {
+            size: types.size_of("task_struct")?,
+            tasks: task("tasks")?,
+            pid: task("pid")?,
+            tgid: task("tgid")?,
+            comm: task("comm")?,
+            // Renamed by Linux commit 2f064a59a11f ("sched: Change task_struct::state") (in v5.14).
+            state: any(&["__state", "state"])?.offset,
+            flags: task("flags")?,
+            on_cpu: task("on_cpu").ok(),
+            cpu: any(&["thread_info.cpu", "cpu"])?.offset,
+            stack: task("stack")?,
+            stack_refcount: task("stack_refcount").ok(),
+            saved_sp: task("thread.sp")?,
+            stack_size: types.size_of("thread_union").unwrap_or(USUAL_STACK),
+            threads: Threads {
+                signal: task("signal")?,
+                head: types.offset_of("signal_struct", "thread_head")?,
+                node: task("thread_node")?,
+            },
+            run_queue: RunQueue::of(types).ok(),
+            exit_list: exit_list(types).ok(),
+            start_boottime: any(&["start_boottime", "real_start_time"])
+                .ok()
+                .map(|m| m.offset),
+            stack_canary: task("stack_canary").ok(),
+        })
+    }
+}
+
+impl RunQueue {
+    fn of(types: &Types) -> Result<Self, TypeError> {
+        let fair = types
+            .offset_of("rq", "cfs_tasks")
+            .and_then(|head| Ok((head, types.offset_of("task_struct", "se.group_node")?)));
+        Ok(Self {
+            idle: types.offset_of("rq", "idle")?,
+            current: types.offset_of("rq", "curr")?,
+            fair: fair.ok(),
+        })
+    }
+}
+
+/// Linux commit 6b70399f9ef3 ("rcu-tasks: Add data to eliminate RCU-tasks/do_exit() deadlocks") (in v6.9).
+fn exit_list(types: &Types) -> Result<(u64, u64), TypeError> {
+    let node = types.offset_of("task_struct", "rcu_tasks_exit_list")?;
+    Ok((types.offset_of("rcu_tasks_percpu", "rtp_exit_list")?, node))
+}
+
+fn first_of(types: &Types, within: &str, paths: &[&str]) -> Result<Member, TypeError> {
+    let mut missing = TypeError::NoStruct(within.to_owned());
+    for path in paths {
+        match types.member(within, path) {
+            Ok(found) => return Ok(found),
+            Err(why) => missing = why,
+        }
+    }
+    Err(missing)
+}
