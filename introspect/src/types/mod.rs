@@ -61,6 +61,7 @@ enum Source {
     #[default]
     None,
     Btf(Box<Btf>),
+    #[allow(dead_code, reason = "until kernels without BTF are read")]
     /// Found without type information: members by `struct` and path, sizes by `struct` and "".
     Known(BTreeMap<(&'static str, &'static str), Member>),
 }
@@ -76,6 +77,7 @@ impl Types {
         })
     }
 
+    #[allow(dead_code, reason = "until kernels without BTF are read")]
     /// Only the members listed as `(struct, path, member)`; an empty path tells the size of the struct.
     pub(crate) fn from_known(
         known: impl IntoIterator<Item = (&'static str, &'static str, Member)>,
