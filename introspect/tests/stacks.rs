@@ -1,0 +1,163 @@
+//! Stacks of sleeping tasks equal the guest's own `/proc/*/task/*/stack`, and every stack of a stopped
+//! guest is understood to its end.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::{Guest, each_guest};
+use vmpatch_introspect::modules::Module;
+use vmpatch_introspect::stacks::{self, Stack};
+use vmpatch_introspect::unwind::{Frame, FrameKind, Unwinder};
+
+struct Seen<'a> {
+    guest: &'a Guest,
+    modules: Vec<Module>,
+    stacks: Vec<Stack>,
+}
+
+impl<'a> Seen<'a> {
+    fn new(guest: &'a Guest) -> Self {
+        let modules = guest.kernel.modules(&guest.dump).unwrap();
+        let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &modules).unwrap();
+        let stacks =
+            stacks::all(&guest.kernel, &unwinder, &guest.dump, guest.dump.vcpus()).unwrap();
+        Self {
+            guest,
+            modules,
+            stacks,
+        }
+    }
+
+    /// As the kernel prints it: `%pB`, without the size.
+    fn name(&self, frame: &Frame) -> String {
+        let own = self
+            .modules
+            .iter()
+            .find(|module| module.text.contains(frame.lookup()));
+        let symbols = own.map_or(&self.guest.kernel.symbols, |module| &module.symbols);
+        let Some((symbol, _)) = symbols.containing(frame.lookup()) else {
+            return format!("{}", frame.at);
+        };
+        format!("{}+{:#x}", symbol.name, frame.at.0 - symbol.at.0)
+    }
+
+    /// What `/proc` leaves out: everything in `.sched.text`.
+    fn of_scheduler(&self, frame: &Frame) -> bool {
+        let at = |name| self.guest.kernel.symbols.unique(name).unwrap();
+        at("__sched_text_start") <= frame.at && frame.at < at("__sched_text_end")
+    }
+
+    fn shown(&self, stack: &Stack) -> Vec<String> {
+        let frames = stack
+            .trace
+            .frames
+            .iter()
+            .filter(|frame| !self.of_scheduler(frame));
+        frames.map(|frame| self.name(frame)).collect()
+    }
+}
+
+/// Frames by thread id.
+fn answers(text: &str) -> BTreeMap<i32, Vec<String>> {
+    let mut answers = BTreeMap::new();
+    for block in text.split("== ").skip(1) {
+        let mut lines = block.lines();
+        let pid = lines
+            .next()
+            .unwrap()
+            .split(' ')
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap();
+        let frame = |line: &str| {
+            let name = line.strip_prefix("[<0>] ").unwrap();
+            name.split_once('/')
+                .map_or(name, |(name, _)| name)
+                .to_owned()
+        };
+        answers.insert(pid, lines.map(frame).collect());
+    }
+    answers
+}
+
+#[test]
+fn stacks_of_sleeping_tasks_equal_what_proc_shows() {
+    each_guest(|guest| {
+        let seen = Seen::new(guest);
+        let expected = answers(&guest.answer("stacks.txt").unwrap());
+        let (mut equal, mut moved) = (0, 0);
+        for stack in seen.stacks.iter().filter(|stack| stack.vcpu.is_none()) {
+            let task = stack.task.as_ref().unwrap();
+            let Some(answer) = expected.get(&task.pid) else {
+                continue;
+            };
+            let shown = seen.shown(stack);
+            if *answer == shown {
+                equal += 1;
+                continue;
+            }
+            // It ran between its answer and the stop; where it began does not change by that.
+            moved += 1;
+            eprintln!(
+                "{} {}: {answer:#?} then, {shown:#?} now",
+                task.pid, task.comm
+            );
+            let begin = |frames: &[String]| frames[frames.len() - 2..].to_vec();
+            assert_eq!(begin(answer), begin(&shown));
+        }
+        eprintln!("{}: {equal} stacks equal, {moved} moved on", guest.name);
+        assert!(equal >= 50 && moved <= 3, "{}: {equal} {moved}", guest.name);
+    });
+}
+
+#[test]
+fn every_stack_is_understood_to_its_end() {
+    each_guest(|guest| {
+        let seen = Seen::new(guest);
+        for stack in &seen.stacks {
+            let frames = &stack.trace.frames;
+            let names: Vec<_> = frames.iter().map(|frame| seen.name(frame)).collect();
+            assert_eq!(stack.trace.unreliable, None, "{:?}: {names:#?}", stack.task);
+            assert!(stack.task.is_some() && stack.hidden_returns.is_empty());
+            let running = frames
+                .first()
+                .is_some_and(|frame| frame.kind == FrameKind::Running);
+            assert_eq!(running, stack.vcpu.is_some() && !frames.is_empty());
+        }
+        let running = seen.stacks.iter().filter(|stack| stack.vcpu.is_some());
+        assert_eq!(running.count(), guest.dump.vcpus().len());
+        for stack in &seen.stacks {
+            let (sleeps, frames) = (stack.vcpu.is_none(), stack.trace.frames.len());
+            assert!(!sleeps || frames > 2, "{:?}", stack.task);
+        }
+    });
+}
+
+/// The idle task of the first CPU began in `start_kernel`, those of the others in `start_secondary`.
+#[test]
+fn idle_tasks_are_traced_to_where_their_cpu_started() {
+    each_guest(|guest| {
+        let seen = Seen::new(guest);
+        for (number, begin) in [(0, "start_kernel+"), (1, "start_secondary+")] {
+            let name = format!("swapper/{number}");
+            let is = |stack: &&Stack| stack.task.as_ref().is_some_and(|task| task.comm == name);
+            let stack = seen.stacks.iter().find(is).unwrap();
+            let names: Vec<_> = stack
+                .trace
+                .frames
+                .iter()
+                .map(|frame| seen.name(frame))
+                .collect();
+            assert!(
+                names.iter().any(|name| name.starts_with(begin)),
+                "{names:#?}"
+            );
+            assert!(
+                names.iter().any(|name| name.starts_with("do_idle+")),
+                "{names:#?}"
+            );
+        }
+    });
+}
