@@ -58,7 +58,7 @@ pub enum HostError {
     #[error(
         "this host's KVM works without hardware virtualisation (its CPU shows neither svm nor vmx), so it \
          cannot run unmodified kernels: use a host that has svm or vmx, or run inside a test host with \
-         emulated AMD-V (`cargo xtask test-host`); a lean kernel made for it can be booted, slowly, with \
+         emulated AMD-V (`cargo xtask host -- COMMAND`); a lean kernel made for it can be booted, slowly, with \
          --assist-emulation"
     )]
     NoHardware,
