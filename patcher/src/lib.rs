@@ -10,6 +10,7 @@ pub mod arena;
 pub mod build;
 pub mod journal;
 pub mod link;
+pub mod object;
 pub mod patch;
 pub mod quiescence;
 pub mod rollback;

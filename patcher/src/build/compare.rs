@@ -1,0 +1,166 @@
+//! Which functions differ, and in what. Owns the verdict; what is done about it is [`super::collect`]'s.
+
+use super::key::{self, Content, Key, Names};
+use super::reference::Target;
+use super::side::Side;
+use super::special::{Entry, Special};
+
+/// What became of a function of the new object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// As before.
+    Same,
+    /// As before but for the line numbers that its warnings report.
+    LinesOnly,
+    /// Different, in the way named.
+    Changed(&'static str),
+    /// Not in the old object.
+    New,
+}
+
+/// Verdicts of the new object's functions, in its order. A function and the parts split off from it share
+/// the verdict, because they are one.
+pub(super) fn verdicts(old: &Side, new: &Side, new_names: &Names) -> Vec<Verdict> {
+    let old_names = Names::default();
+    let mut verdicts: Vec<_> = new
+        .inventory
+        .functions
+        .iter()
+        .enumerate()
+        .map(
+            |(index, function)| match old.inventory.function_named(&function.name) {
+                Some(before) => compare((old, &old_names, before), (new, new_names, index)),
+                None => Verdict::New,
+            },
+        )
+        .collect();
+    for index in 0..verdicts.len() {
+        let Some(parent) = new.function(index).parent else {
+            continue;
+        };
+        if !is_as_before(verdicts[index]) && is_as_before(verdicts[parent]) {
+            verdicts[parent] = Verdict::Changed(PART);
+        }
+    }
+    for parent in losers_of_parts(old, new) {
+        if is_as_before(verdicts[parent]) {
+            verdicts[parent] = Verdict::Changed(PART);
+        }
+    }
+    spread_to_parts(new, &mut verdicts);
+    verdicts
+}
+
+const PART: &str = "a part split off from it";
+
+fn is_as_before(verdict: Verdict) -> bool {
+    matches!(verdict, Verdict::Same | Verdict::LinesOnly)
+}
+
+/// Functions of the new object of which only the old one has a part.
+fn losers_of_parts(old: &Side, new: &Side) -> Vec<usize> {
+    let lost = old.inventory.functions.iter().filter_map(|part| {
+        let parent = &old.function(part.parent?).name;
+        let is_lost = new.inventory.function_named(&part.name).is_none();
+        new.inventory.function_named(parent).filter(|_| is_lost)
+    });
+    lost.collect()
+}
+
+fn spread_to_parts(new: &Side, verdicts: &mut [Verdict]) {
+    for index in 0..verdicts.len() {
+        let Some(parent) = new.function(index).parent else {
+            continue;
+        };
+        if is_as_before(verdicts[index]) && !is_as_before(verdicts[parent]) {
+            verdicts[index] = Verdict::Changed("the function it is split off from");
+        }
+    }
+}
+
+type Seen<'a> = (&'a Side, &'a Names, usize);
+
+fn compare(old: Seen<'_>, new: Seen<'_>) -> Verdict {
+    let (before, after) = (code(old), code(new));
+    if before.bytes != after.bytes {
+        return Verdict::Changed("instructions");
+    }
+    if before.fields != after.fields {
+        return Verdict::Changed("what its instructions refer to");
+    }
+    let (before, after) = (entries(old), entries(new));
+    if before
+        .iter()
+        .map(|it| &it.0)
+        .ne(after.iter().map(|it| &it.0))
+    {
+        return Verdict::Changed("its entries in special sections");
+    }
+    if before != after {
+        Verdict::LinesOnly
+    } else {
+        Verdict::Same
+    }
+}
+
+fn code((side, names, function): Seen<'_>) -> Content {
+    key::masked(
+        side,
+        names,
+        side.function_bytes(function),
+        &side.code[function].references,
+    )
+}
+
+/// An entry in comparable form, and the line number that does not count.
+type Comparable = ((u64, String, Vec<Key>, Vec<u8>), u16);
+
+fn entries((side, names, function): Seen<'_>) -> Vec<Comparable> {
+    side.entries[function]
+        .iter()
+        .map(|it| comparable(side, names, it))
+        .collect()
+}
+
+fn comparable(side: &Side, names: &Names, entry: &Entry) -> Comparable {
+    let key = |target: &Target| key::key(side, names, target);
+    let table = side.object.section(entry.table).name.clone();
+    let (keys, bytes, line) = match &entry.special {
+        Special::LockPrefix | Special::Unknown => (Vec::new(), Vec::new(), 0),
+        Special::Alternative {
+            feature,
+            negated,
+            direct_call,
+            len,
+            bytes,
+            references,
+        } => {
+            let mut text = key::masked(side, names, bytes, references).bytes;
+            text.extend_from_slice(&feature.to_le_bytes());
+            text.extend_from_slice(&[u8::from(*negated), u8::from(*direct_call), *len]);
+            (
+                references.iter().map(|it| key(&it.target)).collect(),
+                text,
+                0,
+            )
+        }
+        Special::JumpLabel {
+            key: branch_key,
+            target,
+            inverted,
+        } => (
+            vec![key(branch_key), key(target)],
+            vec![u8::from(*inverted)],
+            0,
+        ),
+        Special::Bug { file, line, flags } => (
+            Vec::new(),
+            [file.as_bytes(), &flags.to_le_bytes()[..]].concat(),
+            *line,
+        ),
+        Special::Exception { fixup, data } => (vec![key(fixup)], data.to_le_bytes().to_vec(), 0),
+        Special::Paravirt { slot, len } => (Vec::new(), vec![*slot, *len], 0),
+        Special::RuntimeConstant { .. } => (Vec::new(), Vec::new(), 0),
+    };
+    ((entry.offset, table, keys, bytes), line)
+}

@@ -1,0 +1,177 @@
+//! Differences in data. A running guest has its own variables, whose values nobody may set back: changed
+//! initial values are refused. Owns that comparison; whether new data can be brought is
+//! [`super::policy`]'s, when code asks for it.
+
+use std::collections::BTreeSet;
+
+use super::key::{self, Content, Names, is_numbered_constant};
+use super::pair::Pairs;
+use super::policy;
+use super::report::{BuildReport, Ignored, Refused};
+use super::side::Side;
+use crate::object::{Section, SectionId};
+
+/// Records every difference in data.
+pub(super) fn compare(old: &Side, new: &Side, pairs: &Pairs, report: &mut BuildReport) {
+    let names = pairs.names(old);
+    let comparison = Comparison {
+        old,
+        new,
+        pairs,
+        names: &names,
+    };
+    comparison.pairs(report);
+    comparison.gone(report);
+    comparison.come(report);
+    comparison.unnamed(report);
+}
+
+struct Comparison<'a> {
+    old: &'a Side,
+    new: &'a Side,
+    pairs: &'a Pairs,
+    names: &'a Names,
+}
+
+impl Comparison<'_> {
+    fn pairs(&self, report: &mut BuildReport) {
+        let mut pairs: Vec<_> = self.pairs.iter().collect();
+        pairs.sort_unstable();
+        for (ours, theirs) in pairs {
+            let section = &self
+                .new
+                .object
+                .section(self.new.variable(ours).section)
+                .name;
+            if policy::is_no_data(section) || self.same(ours, theirs) {
+                continue;
+            }
+            let name = &self.new.variable(ours).name;
+            record(
+                report,
+                name,
+                section,
+                "its initial value or size differs, and the guest has its own",
+            );
+        }
+    }
+
+    fn same(&self, ours: usize, theirs: usize) -> bool {
+        let old_names = Names::default();
+        let (a, b) = (self.new.variable(ours), self.old.variable(theirs));
+        a.size == b.size
+            && self.new.object.section(a.section).flags == self.old.object.section(b.section).flags
+            && content(self.new, self.names, ours) == content(self.old, &old_names, theirs)
+    }
+
+    /// Variables that only the old object has.
+    fn gone(&self, report: &mut BuildReport) {
+        let kept: BTreeSet<usize> = self.pairs.iter().map(|(_, old)| old).collect();
+        for (index, variable) in self.old.inventory.variables.iter().enumerate() {
+            let section = &self.old.object.section(variable.section).name;
+            let by_content = is_numbered_constant(self.old, index);
+            if kept.contains(&index) || by_content || policy::is_no_data(section) {
+                continue;
+            }
+            let reason = "only the old object has it; the guest keeps it".to_owned();
+            report.ignored.push(Ignored {
+                what: variable.name.clone(),
+                reason,
+            });
+        }
+    }
+
+    /// Variables that only the new object has, in sections whose entries act by being there.
+    fn come(&self, report: &mut BuildReport) {
+        for (index, variable) in self.new.inventory.variables.iter().enumerate() {
+            let section = self.new.object.section(variable.section);
+            let known = self.pairs.old_of(index).is_some() || self.pairs.is_uncertain(index);
+            if known || policy::is_no_data(&section.name) || !acts_by_presence(section) {
+                continue;
+            }
+            record(
+                report,
+                &variable.name,
+                &section.name,
+                "new entries cannot be registered yet",
+            );
+        }
+    }
+
+    /// Sections without variables that are not pools: compared as a whole, by name.
+    fn unnamed(&self, report: &mut BuildReport) {
+        let names: BTreeSet<&str> = [self.old, self.new]
+            .iter()
+            .flat_map(|side| side.object.sections_with_ids().map(move |it| (side, it)))
+            .filter(|(side, (id, section))| is_unnamed(side, *id, section))
+            .map(|(_, (_, section))| section.name.as_str())
+            .collect();
+        let old_names = Names::default();
+        for name in names {
+            let before = all_of(self.old, &old_names, name);
+            if before != all_of(self.new, self.names, name) {
+                record(
+                    report,
+                    "",
+                    name,
+                    "its entries differ, and the guest has its own",
+                );
+            }
+        }
+    }
+}
+
+fn content(side: &Side, names: &Names, variable: usize) -> Content {
+    let it = side.variable(variable);
+    key::data(
+        side,
+        names,
+        it.section,
+        (it.start, it.start.saturating_add(it.size)),
+    )
+}
+
+fn record(report: &mut BuildReport, name: &str, section: &str, reason: &str) {
+    if let Some(harmless) = policy::ignored_data(section) {
+        let what = if name.is_empty() { section } else { name };
+        let (what, reason) = (what.to_owned(), harmless.to_owned());
+        report.ignored.push(Ignored { what, reason });
+        return;
+    }
+    let (name, section, reason) = (name.to_owned(), section.to_owned(), reason.to_owned());
+    report.refused.push(Refused {
+        name,
+        section,
+        offset: None,
+        reason,
+    });
+}
+
+/// Sections that the linker script gathers into tables, or that name what modules may use: an entry needs
+/// no one to refer to it. Plain variables that nothing refers to do nothing.
+fn acts_by_presence(section: &Section) -> bool {
+    let name = &section.name;
+    !name.starts_with('.') && name != "__dyndbg" || name.starts_with(".initcall")
+}
+
+fn is_unnamed(side: &Side, id: SectionId, section: &Section) -> bool {
+    let flags = section.flags;
+    let pool = flags.merge || section.name.starts_with(".rodata");
+    flags.alloc
+        && !flags.exec
+        && !pool
+        && section.size > 0
+        && side.inventory.variables_in(id).is_empty()
+        && !policy::is_no_data(&section.name)
+}
+
+/// The content of all sections of a name, in order.
+fn all_of(side: &Side, names: &Names, name: &str) -> Vec<(u64, Content)> {
+    let sections = side
+        .object
+        .sections_with_ids()
+        .filter(|(_, it)| it.name == name);
+    sections
+        .map(|(id, it)| (it.size, key::data(side, names, id, (0, it.size))))
+        .collect()
+}

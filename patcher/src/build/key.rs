@@ -1,0 +1,196 @@
+//! What makes two fields of two objects the same: that they refer to the same thing, whatever number or
+//! offset it has in each. Owns that form; pairing variables whose names differ is [`super::pair`]'s.
+
+use std::collections::HashMap;
+
+use super::inventory::numbered_base;
+use super::reference::{Reference, Target};
+use super::side::Side;
+use crate::object::{Kind, SectionId};
+
+/// How deep content refers to other content before two are just called different.
+const MAX_DEPTH: usize = 8;
+
+/// A target in a form that means the same in both objects.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Key {
+    /// By name, as the old object has it.
+    Named(String, i64),
+    /// A variable that only the new object has.
+    New(String, i64),
+    /// By what is there: strings, constants, what has no name or one that changes.
+    Content(Box<Content>, i64),
+    /// `.altinstr_aux`: code that only runs until alternatives are applied, and its offset changes with
+    /// every change of the object (Linux v6.12 arch/x86/include/asm/cpufeature.h).
+    Auxiliary,
+    /// Too deep, or outside of the object: equal to nothing but to itself.
+    Unclear(SectionId, i64),
+}
+
+/// Bytes with fields masked, and what the fields refer to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Content {
+    pub(super) bytes: Vec<u8>,
+    pub(super) fields: Vec<Field>,
+}
+
+/// One field.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Field {
+    pub(super) offset: u64,
+    pub(super) kind: Kind,
+    pub(super) key: Key,
+}
+
+/// The names by which one side's variables are known to both.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    /// For the new side: its variables to the old side's names. `None`: the side is the old one itself.
+    pub(super) paired: Option<HashMap<usize, String>>,
+}
+
+/// Whether a variable is compared by content: read-only, and its name has a number that changes.
+pub(super) fn is_numbered_constant(side: &Side, variable: usize) -> bool {
+    let variable = side.variable(variable);
+    numbered_base(&variable.name).is_some() && !side.object.section(variable.section).flags.write
+}
+
+/// The key of a target.
+pub(super) fn key(side: &Side, names: &Names, target: &Target) -> Key {
+    key_at(side, names, target, 0)
+}
+
+fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
+    match *target {
+        Target::Outside { distance, .. } => Key::Named(side.name_of(target), distance),
+        Target::Function { distance, .. } => Key::Named(side.name_of(target), distance),
+        Target::Variable { variable, distance } if is_numbered_constant(side, variable) => {
+            let it = side.variable(variable);
+            let end = it.start.saturating_add(it.size);
+            content_key(side, names, it.section, (it.start, end), distance, depth)
+        }
+        Target::Variable { variable, distance } => variable_key(side, names, variable, distance),
+        Target::Text { section, offset } => {
+            let bytes = side.text(section, offset).to_vec();
+            Key::Content(
+                Box::new(Content {
+                    bytes,
+                    fields: Vec::new(),
+                }),
+                0,
+            )
+        }
+        Target::Constant { section, offset } => {
+            let size = side.object.section(section).entry_size;
+            let start = offset
+                .checked_div(size)
+                .unwrap_or_default()
+                .saturating_mul(size);
+            let end = start.saturating_add(size);
+            let inside = offset.wrapping_sub(start).cast_signed();
+            content_key(side, names, section, (start, end), inside, depth)
+        }
+        Target::Place { section, .. } if side.object.section(section).flags.exec => Key::Auxiliary,
+        Target::Place { section, offset } => {
+            let size = side.object.section(section).size;
+            content_key(side, names, section, (0, size), offset, depth)
+        }
+    }
+}
+
+fn variable_key(side: &Side, names: &Names, variable: usize, distance: i64) -> Key {
+    let own = || side.variable(variable).name.clone();
+    match &names.paired {
+        None => Key::Named(own(), distance),
+        Some(paired) => match paired.get(&variable) {
+            Some(name) => Key::Named(name.clone(), distance),
+            None => Key::New(own(), distance),
+        },
+    }
+}
+
+fn content_key(
+    side: &Side,
+    names: &Names,
+    section: SectionId,
+    (start, end): (u64, u64),
+    distance: i64,
+    depth: usize,
+) -> Key {
+    if depth >= MAX_DEPTH {
+        return Key::Unclear(section, distance);
+    }
+    match content(side, names, section, (start, end), depth + 1) {
+        Some(content) => Key::Content(Box::new(content), distance),
+        None => Key::Unclear(section, distance),
+    }
+}
+
+/// A part of a data section as content.
+pub(super) fn data(side: &Side, names: &Names, section: SectionId, range: (u64, u64)) -> Content {
+    let unreadable = Content {
+        bytes: Vec::new(),
+        fields: Vec::new(),
+    };
+    content(side, names, section, range, 0).unwrap_or(unreadable)
+}
+
+fn content(
+    side: &Side,
+    names: &Names,
+    section: SectionId,
+    (start, end): (u64, u64),
+    depth: usize,
+) -> Option<Content> {
+    if side.object.section(section).flags.zeroes {
+        return Some(Content {
+            bytes: Vec::new(),
+            fields: Vec::new(),
+        });
+    }
+    let bytes = side.bytes(section, start, end)?;
+    let references = side.data_references(section, start, end);
+    Some(assemble(side, names, bytes, &references, depth))
+}
+
+/// Code or data with its fields as keys.
+pub(super) fn masked(
+    side: &Side,
+    names: &Names,
+    bytes: &[u8],
+    references: &[Reference],
+) -> Content {
+    assemble(side, names, bytes, references, 0)
+}
+
+fn assemble(
+    side: &Side,
+    names: &Names,
+    bytes: &[u8],
+    references: &[Reference],
+    depth: usize,
+) -> Content {
+    let mut bytes = bytes.to_vec();
+    let fields = references.iter().map(|it| {
+        mask(&mut bytes, it);
+        Field {
+            offset: it.offset,
+            kind: it.kind,
+            key: key_at(side, names, &it.target, depth),
+        }
+    });
+    let fields = fields.collect();
+    Content { bytes, fields }
+}
+
+fn mask(bytes: &mut [u8], reference: &Reference) {
+    let Ok(start) = usize::try_from(reference.offset) else {
+        return;
+    };
+    let end = start
+        .saturating_add(reference.kind.field_bytes() as usize)
+        .min(bytes.len());
+    if let Some(field) = bytes.get_mut(start..end) {
+        field.fill(0);
+    }
+}

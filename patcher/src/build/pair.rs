@@ -1,0 +1,188 @@
+//! Which variable of the new object is which of the old one. Most are by name; static variables of functions
+//! have a number in their name that changes with the source around them (`seen.3` becomes `seen.4`). Owns
+//! that pairing, and saying where it is not certain: state must never be duplicated by mistake.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::inventory::numbered_base;
+use super::key::{Names, is_numbered_constant};
+use super::reference::Target;
+use super::side::Side;
+
+/// The pairs found.
+#[derive(Debug, Default)]
+pub(super) struct Pairs {
+    /// New variable to old one.
+    old_of: HashMap<usize, usize>,
+    taken: HashSet<usize>,
+    /// New variables that may be one of several old ones.
+    uncertain: HashSet<usize>,
+}
+
+impl Pairs {
+    /// The old variable a new one is.
+    pub(super) fn old_of(&self, new: usize) -> Option<usize> {
+        self.old_of.get(&new).copied()
+    }
+
+    /// Whether a new variable may or may not be an old one.
+    pub(super) fn is_uncertain(&self, new: usize) -> bool {
+        self.uncertain.contains(&new) && !self.old_of.contains_key(&new)
+    }
+
+    /// All pairs, new and old.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.old_of.iter().map(|(new, old)| (*new, *old))
+    }
+
+    /// The names of the new side's variables on the old side.
+    pub(super) fn names(&self, old: &Side) -> Names {
+        let named = |(new, it)| (new, old.variable(it).name.clone());
+        Names {
+            paired: Some(self.iter().map(named).collect()),
+        }
+    }
+
+    fn add(&mut self, new: usize, old: usize) -> bool {
+        if self.old_of.contains_key(&new) || !self.taken.insert(old) {
+            return false;
+        }
+        self.old_of.insert(new, old);
+        true
+    }
+}
+
+/// Pairs the variables of two objects.
+pub(super) fn pair(old: &Side, new: &Side) -> Pairs {
+    let mut pairs = Pairs::default();
+    by_name(old, new, &mut pairs);
+    by_position_in_equal_code(old, new, &mut pairs);
+    by_order_of_use(old, new, &mut pairs);
+    what_is_left_is_uncertain(old, new, &mut pairs);
+    pairs
+}
+
+fn by_name(old: &Side, new: &Side, pairs: &mut Pairs) {
+    for (index, variable) in new.inventory.variables.iter().enumerate() {
+        if numbered_base(&variable.name).is_some() {
+            continue;
+        }
+        if let Some(found) = old.inventory.variable_named(&variable.name) {
+            pairs.add(index, found);
+        }
+    }
+}
+
+/// Functions of both objects, new and old.
+pub(super) fn common_functions(old: &Side, new: &Side) -> Vec<(usize, usize)> {
+    let functions = new.inventory.functions.iter().enumerate();
+    functions
+        .filter_map(|(index, it)| Some((index, old.inventory.function_named(&it.name)?)))
+        .collect()
+}
+
+/// Where the code is the same but for its fields, fields at the same offset refer to the same thing.
+fn by_position_in_equal_code(old: &Side, new: &Side, pairs: &mut Pairs) {
+    for (new_function, old_function) in common_functions(old, new) {
+        let shape = |side: &Side, function: usize| -> Vec<_> {
+            side.code[function]
+                .references
+                .iter()
+                .map(|it| (it.offset, it.kind))
+                .collect()
+        };
+        if shape(old, old_function) != shape(new, new_function)
+            || old.function_bytes(old_function).len() != new.function_bytes(new_function).len()
+        {
+            continue;
+        }
+        let fields = new.code[new_function].references.iter();
+        for (ours, theirs) in fields.zip(&old.code[old_function].references) {
+            if let (Some(ours), Some(theirs)) =
+                (numbered(new, &ours.target), numbered(old, &theirs.target))
+                && alike(old, theirs, new, ours)
+            {
+                pairs.add(ours, theirs);
+            }
+        }
+    }
+}
+
+/// A variable with a number in its name that is state, not content.
+fn numbered(side: &Side, target: &Target) -> Option<usize> {
+    let Target::Variable { variable, .. } = *target else {
+        return None;
+    };
+    let named = numbered_base(&side.variable(variable).name).is_some();
+    (named && !is_numbered_constant(side, variable)).then_some(variable)
+}
+
+fn alike(old: &Side, theirs: usize, new: &Side, ours: usize) -> bool {
+    let (theirs, ours) = (old.variable(theirs), new.variable(ours));
+    numbered_base(&theirs.name) == numbered_base(&ours.name) && theirs.size == ours.size
+}
+
+/// In functions of the same name: variables of the same base name and size, in the order of their first
+/// use, if there are as many of them.
+fn by_order_of_use(old: &Side, new: &Side, pairs: &mut Pairs) {
+    for (new_function, old_function) in common_functions(old, new) {
+        let before = uses(old, old_function, |it| !pairs.taken.contains(&it));
+        let after = uses(new, new_function, |it| pairs.old_of(it).is_none());
+        for (kind, ours) in after {
+            match before.get(&kind) {
+                None => {}
+                Some(theirs) if theirs.len() == ours.len() => {
+                    for (ours, theirs) in ours.iter().zip(theirs) {
+                        pairs.add(*ours, *theirs);
+                    }
+                }
+                Some(_) => pairs.uncertain.extend(ours),
+            }
+        }
+    }
+}
+
+type Uses = BTreeMap<(String, u64), Vec<usize>>;
+
+fn uses(side: &Side, function: usize, wanted: impl Fn(usize) -> bool) -> Uses {
+    let mut uses = Uses::new();
+    for reference in &side.code[function].references {
+        let Some(variable) = numbered(side, &reference.target).filter(|it| wanted(*it)) else {
+            continue;
+        };
+        let it = side.variable(variable);
+        let base = numbered_base(&it.name).unwrap_or_default().to_owned();
+        let list = uses.entry((base, it.size)).or_default();
+        if !list.contains(&variable) {
+            list.push(variable);
+        }
+    }
+    uses
+}
+
+/// What is left over on both sides with the same base name and size may be the same or not: a function may
+/// have been renamed, or one variable may have gone and another come.
+fn what_is_left_is_uncertain(old: &Side, new: &Side, pairs: &mut Pairs) {
+    let before = left_over(old, |it| !pairs.taken.contains(&it));
+    let after = left_over(new, |it| pairs.old_of(it).is_none());
+    for (kind, ours) in after {
+        if before.contains_key(&kind) {
+            pairs.uncertain.extend(ours);
+        }
+    }
+}
+
+fn left_over(side: &Side, wanted: impl Fn(usize) -> bool) -> Uses {
+    let mut uses = Uses::new();
+    for (index, it) in side.inventory.variables.iter().enumerate() {
+        if let Some(base) = numbered_base(&it.name)
+            && !is_numbered_constant(side, index)
+            && wanted(index)
+        {
+            uses.entry((base.to_owned(), it.size))
+                .or_default()
+                .push(index);
+        }
+    }
+    uses
+}

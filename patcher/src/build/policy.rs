@@ -1,0 +1,122 @@
+//! What can be brought into a running guest and what cannot yet, by section and by table. The one place to
+//! change when a new kind can be treated.
+
+use super::special::Special;
+
+/// Whether code of a section can be replaced or brought.
+pub(super) fn code(section: &str) -> Result<(), &'static str> {
+    match section {
+        ".text" | ".ref.text" | ".sched.text" => Ok(()),
+        _ if section.starts_with(".text..") => Err("code of a special section cannot be moved"),
+        _ if section.starts_with(".text.") => Ok(()),
+        _ if section.starts_with(".init") || section.starts_with(".exit") => {
+            Err("runs only at boot, so the change would have no effect on a running guest")
+        }
+        ".entry.text" => Err("entry code runs where the patch is not mapped"),
+        ".noinstr.text" => Err("noinstr code cannot be moved yet"),
+        _ => Err("code of this section cannot be moved yet"),
+    }
+}
+
+/// Whether a new variable or constant of a section can be brought.
+pub(super) fn new_data(section: &str) -> Result<(), &'static str> {
+    const SPECIAL_BUT_PLAIN: [&str; 3] = [
+        ".data..read_mostly",
+        ".data..ro_after_init",
+        ".data..cacheline_aligned",
+    ];
+    match section {
+        ".data" | ".bss" | ".rodata" => Ok(()),
+        _ if SPECIAL_BUT_PLAIN.contains(&section) => Ok(()),
+        _ if section.starts_with(".data..percpu") => {
+            Err("new per-CPU variables cannot be brought yet")
+        }
+        ".data..once" => Err("new once-variables cannot be brought yet"),
+        "__dyndbg" => Err("new pr_debug descriptors cannot be brought yet"),
+        _ if section.starts_with(".data..") || section.starts_with(".bss..") => {
+            Err("variables of this section cannot be brought yet")
+        }
+        _ if [".data.", ".bss.", ".rodata."]
+            .iter()
+            .any(|it| section.starts_with(it)) =>
+        {
+            Ok(())
+        }
+        _ if is_init(section) => Err("init data is gone after boot"),
+        _ => Err("entries of this section cannot be brought yet"),
+    }
+}
+
+/// Sections that the guest freed when it had booted.
+pub(super) fn is_init(section: &str) -> bool {
+    section.starts_with(".init") || section.starts_with(".exit")
+}
+
+/// Why a difference in a section's content does not matter, if it does not.
+pub(super) fn ignored_data(section: &str) -> Option<&'static str> {
+    match section {
+        "__dyndbg" => Some("the guest's pr_debug control keeps the old lines and texts"),
+        ".printk_index" => Some("the guest's printk index keeps the old entries"),
+        _ if section.starts_with(".init.data") || section.starts_with(".init.rodata") => {
+            Some("init data is gone after boot")
+        }
+        _ => None,
+    }
+}
+
+/// Sections that are no data of the running kernel, or that are compared through the code they belong to.
+pub(super) fn is_no_data(section: &str) -> bool {
+    const TABLES: [&str; 10] = [
+        ".altinstructions",
+        "__jump_table",
+        "__bug_table",
+        "__ex_table",
+        ".smp_locks",
+        ".parainstructions",
+        "__mcount_loc",
+        "__patchable_function_entries",
+        ".static_call_sites",
+        ".altinstr_replacement",
+    ];
+    const PREFIXES: [&str; 9] = [
+        "runtime_ptr_",
+        "runtime_shift_",
+        ".orc_",
+        ".discard.",
+        ".note",
+        ".return_sites",
+        ".retpoline_sites",
+        ".call_sites",
+        ".ibt_endbr_seal",
+    ];
+    TABLES.contains(&section) || PREFIXES.iter().any(|it| section.starts_with(it))
+}
+
+/// Why new code with such an entry cannot be brought yet, and what can be done; `None` if it can.
+pub(super) fn refused_entry(special: &Special) -> Option<String> {
+    match special {
+        // The prefix stays: it is right on every machine.
+        Special::LockPrefix => None,
+        Special::Alternative { feature, .. } => Some(format!(
+            "new code with alternative instructions (CPU feature {}*32+{}) cannot be linked yet",
+            feature / 32,
+            feature % 32
+        )),
+        Special::JumpLabel { .. } => {
+            Some("new code with a static-key branch cannot be linked yet".to_owned())
+        }
+        Special::Bug { file, line, .. } => Some(format!(
+            "new code with the WARN or BUG of {file}:{line} cannot be linked yet"
+        )),
+        Special::Exception { .. } => {
+            Some("new code with an access that may fault cannot be linked yet".to_owned())
+        }
+        Special::Paravirt { .. } => {
+            Some("new code with a paravirt call cannot be linked yet".to_owned())
+        }
+        Special::RuntimeConstant { name, .. } => Some(format!(
+            "new code with the runtime constant {name} cannot be linked yet"
+        )),
+        Special::Unknown => Some("nothing is known of this section".to_owned()),
+    }
+}

@@ -1,0 +1,138 @@
+//! What a field of an object refers to, as a thing and a distance rather than as a section and an offset.
+//! Owns that translation.
+
+use super::inventory::Inventory;
+use crate::object::{Home, Kind, Object, Relocation, SectionId, SymbolId, SymbolKind};
+
+/// A thing and, where it can be addressed inside or outside, the distance from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Something that another object defines.
+    Outside {
+        /// Its symbol.
+        symbol: SymbolId,
+        /// Bytes from it.
+        distance: i64,
+    },
+    /// A function of this object.
+    Function {
+        /// Index in the inventory.
+        function: usize,
+        /// Bytes from its entry.
+        distance: i64,
+    },
+    /// A variable of this object.
+    Variable {
+        /// Index in the inventory.
+        variable: usize,
+        /// Bytes from its start.
+        distance: i64,
+    },
+    /// A string of a pool, from here to its zero.
+    Text {
+        /// The pool.
+        section: SectionId,
+        /// Offset in it.
+        offset: u64,
+    },
+    /// An entry of a pool of constants of equal size.
+    Constant {
+        /// The pool.
+        section: SectionId,
+        /// Offset in it.
+        offset: u64,
+    },
+    /// A place that has no name.
+    Place {
+        /// Its section.
+        section: SectionId,
+        /// Offset in it; compilers address outside of arrays too.
+        offset: i64,
+    },
+}
+
+/// A field in a function's code or in a piece of data that refers to something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reference {
+    /// Offset of the field from the start of the function or piece.
+    pub(super) offset: u64,
+    /// How it is filled in.
+    pub(super) kind: Kind,
+    /// What the CPU adds for a relative field: the distance from the field to the end of its instruction.
+    /// 0 for absolute fields and for data.
+    pub(super) bias: i64,
+    /// What it refers to.
+    pub(super) target: Target,
+}
+
+/// What a relocation refers to, `bias` as in [`Reference`].
+pub(super) fn target_of(
+    object: &Object,
+    inventory: &Inventory,
+    relocation: &Relocation,
+    bias: i64,
+) -> Target {
+    let symbol = object.symbol(relocation.symbol);
+    let distance = relocation.addend.wrapping_add(bias);
+    let Home::In { section, offset } = symbol.home else {
+        return Target::Outside {
+            symbol: relocation.symbol,
+            distance,
+        };
+    };
+    if let Some(variable) = inventory.variable_of(relocation.symbol) {
+        return Target::Variable { variable, distance };
+    }
+    if symbol.kind == SymbolKind::Function
+        && let Some(function) = inventory.function_named(&symbol.name)
+    {
+        return Target::Function { function, distance };
+    }
+    // Section symbols, and local labels that the assembler keeps where it must not fold the addend.
+    place(
+        object,
+        inventory,
+        section,
+        offset.cast_signed().wrapping_add(distance),
+    )
+}
+
+/// What is at an offset of a section.
+pub(super) fn place(
+    object: &Object,
+    inventory: &Inventory,
+    section: SectionId,
+    offset: i64,
+) -> Target {
+    let home = object.section(section);
+    if home.flags.exec {
+        if let Some(function) = inventory.function_at(section, offset) {
+            let start = inventory.functions[function].start.cast_signed();
+            return Target::Function {
+                function,
+                distance: offset.wrapping_sub(start),
+            };
+        }
+        return Target::Place { section, offset };
+    }
+    if let (true, Ok(inside)) = (home.flags.merge, u64::try_from(offset)) {
+        return match home.flags.strings {
+            true => Target::Text {
+                section,
+                offset: inside,
+            },
+            false => Target::Constant {
+                section,
+                offset: inside,
+            },
+        };
+    }
+    if let Some(variable) = inventory.variable_at(section, offset) {
+        let start = inventory.variables[variable].start.cast_signed();
+        return Target::Variable {
+            variable,
+            distance: offset.wrapping_sub(start),
+        };
+    }
+    Target::Place { section, offset }
+}

@@ -1,0 +1,110 @@
+//! What a build found and did, for people and for JSON. Owns the records and their text, no decision.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// The outcome of comparing two objects. Nothing that differs is missing from it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BuildReport {
+    /// Functions whose new body replaces the old one.
+    pub replaced: Vec<Replaced>,
+    /// What the patch brings that the old object has not.
+    pub new: Vec<Brought>,
+    /// Differences that do not matter, with the reason.
+    pub ignored: Vec<Ignored>,
+    /// Differences that cannot be patched, with the reason. If there is one there is no patch.
+    pub refused: Vec<Refused>,
+    /// Functions of the new object that are as before.
+    pub unchanged: usize,
+}
+
+/// A function that is replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Replaced {
+    /// Its name.
+    pub function: String,
+    /// In what it differs.
+    pub difference: String,
+    /// Size of the old body in bytes.
+    pub old_bytes: u64,
+    /// Size of the new body in bytes.
+    pub new_bytes: u64,
+}
+
+/// A function, constant or variable that is new.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Brought {
+    /// Its name, or the text of a string.
+    pub name: String,
+    /// What it is.
+    pub kind: &'static str,
+    /// Size in bytes.
+    pub bytes: u64,
+}
+
+/// A difference that does not matter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Ignored {
+    /// Function, variable or section.
+    pub what: String,
+    /// Why it does not matter.
+    pub reason: String,
+}
+
+/// A difference that cannot be patched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Refused {
+    /// The function that needs it, or the variable; empty where neither is the reason.
+    pub name: String,
+    /// The section that cannot be treated.
+    pub section: String,
+    /// Offset from the start of the function or variable, where it is a place in one.
+    pub offset: Option<u64>,
+    /// Why not, and what to do where something can be done.
+    pub reason: String,
+}
+
+impl BuildReport {
+    /// Whether the objects do the same.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.replaced.is_empty() && self.new.is_empty() && self.refused.is_empty()
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.section)?;
+        if !self.name.is_empty() {
+            write!(f, " in {}", self.name)?;
+        }
+        if let Some(offset) = self.offset {
+            write!(f, "+{offset:#x}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}
+
+impl fmt::Display for BuildReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for it in &self.replaced {
+            let (old, new) = (it.old_bytes, it.new_bytes);
+            writeln!(
+                f,
+                "replaced  {} ({old} to {new} bytes): {}",
+                it.function, it.difference
+            )?;
+        }
+        for it in &self.new {
+            writeln!(f, "new       {} {} ({} bytes)", it.kind, it.name, it.bytes)?;
+        }
+        for it in &self.ignored {
+            writeln!(f, "ignored   {}: {}", it.what, it.reason)?;
+        }
+        for it in &self.refused {
+            writeln!(f, "refused   {it}")?;
+        }
+        writeln!(f, "unchanged {} functions", self.unchanged)
+    }
+}
