@@ -1,0 +1,14 @@
+//! Drives the `vmpatch` command line and a guest's console, as a user would, for end-to-end tests, demo, soak and benches. Sees
+//! the product through its command line only: it is no short cut around it.
+
+mod console;
+mod guest;
+mod log;
+mod oracle;
+mod tool;
+
+pub use console::Console;
+pub use guest::{Boot, Guest, Image};
+pub use log::{Baseline, troubles};
+pub use oracle::Oracle;
+pub use tool::{Answer, Tool};

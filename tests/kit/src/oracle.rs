@@ -1,0 +1,97 @@
+//! What the guest's own kernel says of its symbols, tasks and stacks, as init's `oracle` prints it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+
+/// The guest's own answers.
+#[derive(Clone, Debug, Default)]
+pub struct Oracle {
+    /// How many lines /proc/kallsyms has.
+    pub symbols: u64,
+    /// SHA-256 of its sorted lines "address type name".
+    pub symbols_digest: String,
+    /// Addresses of a few symbols.
+    pub known: BTreeMap<String, u64>,
+    /// Thread id and name of every thread.
+    pub tasks: BTreeMap<i64, String>,
+    /// Frames of planted kthreads by thread id, innermost first, as "function+0xoffset".
+    pub stacks: BTreeMap<i64, Vec<String>>,
+}
+
+impl Oracle {
+    /// Reads the lines between boot and `@oracle-end`.
+    ///
+    /// # Errors
+    /// A line does not have its form.
+    pub fn parse(lines: &[String]) -> Result<Self> {
+        let mut oracle = Self::default();
+        for line in lines {
+            let Some((kind, rest)) = line.strip_prefix('@').and_then(|l| l.split_once(' ')) else {
+                continue;
+            };
+            oracle
+                .take(kind, rest)
+                .with_context(|| format!("cannot understand the guest's line {line:?}"))?;
+        }
+        Ok(oracle)
+    }
+
+    fn take(&mut self, kind: &str, rest: &str) -> Result<()> {
+        match kind {
+            "kallsyms" => {
+                let (count, digest) = rest.split_once(' ').context("no digest")?;
+                self.symbols = count.parse()?;
+                digest.clone_into(&mut self.symbols_digest);
+            }
+            "symbol" => {
+                let mut words = rest.split_whitespace();
+                let address = u64::from_str_radix(words.next().context("no address")?, 16)?;
+                let name = words.nth(1).context("no name")?;
+                self.known.insert(name.to_owned(), address);
+            }
+            "task" => {
+                let (tid, name) = rest.split_once(' ').context("no name")?;
+                self.tasks.insert(tid.parse()?, name.to_owned());
+            }
+            "stack" => {
+                let (tid, frames) = stack(rest).context("no frames")?;
+                self.stacks.insert(tid.parse()?, frames);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// "147 vmp_sleep|f+0x10/0x20 [planted]|g+0x1/0x2" without sizes and module names.
+fn stack(text: &str) -> Option<(&str, Vec<String>)> {
+    let (head, frames) = text.split_once('|')?;
+    let tid = head.split(' ').next()?;
+    let frame = |f: &str| f.split('/').next().unwrap_or(f).to_owned();
+    Some((tid, frames.split('|').map(frame).collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_own_words_are_read() {
+        let lines = [
+            "@kallsyms 3 abcd",
+            "@symbol ffffffff81000000 T _text",
+            "@task 12 kworker/u8:0-events unbound",
+            "@stack 149 vmp_sleep|vmp_sleep_inner+0x14/0x20 [planted]|kthread+0xd2/0x100",
+            "@oracle-end",
+        ];
+        let oracle = Oracle::parse(&lines.map(str::to_owned)).unwrap();
+        assert_eq!(oracle.symbols, 3);
+        assert_eq!(oracle.known["_text"], 0xffff_ffff_8100_0000);
+        assert_eq!(oracle.tasks[&12], "kworker/u8:0-events unbound");
+        assert_eq!(
+            oracle.stacks[&149],
+            ["vmp_sleep_inner+0x14", "kthread+0xd2"]
+        );
+    }
+}
