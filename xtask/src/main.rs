@@ -6,6 +6,7 @@ mod apt;
 mod checksum;
 mod commands;
 mod cpio;
+mod dependencies;
 mod host;
 mod images;
 mod manifest;
@@ -13,6 +14,7 @@ mod packages;
 mod paths;
 mod progress;
 mod publish;
+mod readme;
 mod run;
 mod source;
 
@@ -35,6 +37,8 @@ enum Task {
     Setup,
     /// Make guest images: kernel, first file system, planted module
     Images(commands::images::ImagesArgs),
+    /// Check formatting, lints, the rule of dependencies and the README
+    Lint,
     /// Run one command in the test host
     Host(commands::host::HostArgs),
 }
@@ -53,6 +57,7 @@ fn dispatch(task: Task) -> Result<i32> {
     match task {
         Task::Setup => commands::setup::tools().map(|_| 0),
         Task::Images(args) => commands::images::run(&args),
+        Task::Lint => commands::lint::run(),
         Task::Host(args) => commands::host::run(args),
     }
 }

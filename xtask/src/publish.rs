@@ -22,9 +22,7 @@ impl Staging {
             .context("a target needs a name")?
             .to_string_lossy();
         let dir = parent.join(format!(".{name}.{}.part", std::process::id()));
-        if dir.exists() {
-            fs::remove_dir_all(&dir).with_context(|| format!("cannot clear {}", dir.display()))?;
-        }
+        clear_abandoned(parent, &format!(".{name}."));
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         Ok(Self {
             dir,
@@ -61,6 +59,23 @@ impl Drop for Staging {
     }
 }
 
+/// Removes what killed commands left: folders of that name whose process is gone, and our own.
+fn clear_abandoned(parent: &Path, prefix: &str) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name
+            .strip_prefix(prefix)
+            .and_then(|n| n.strip_suffix(".part"))
+            .and_then(|p| p.parse::<u32>().ok());
+        if pid
+            .is_some_and(|p| p == std::process::id() || !Path::new(&format!("/proc/{p}")).exists())
+        {
+            // Only rubbish: what cannot be removed now is tried again next time.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Writes `bytes` to `path` in one step.
 pub(crate) fn file(path: &Path, bytes: &[u8]) -> Result<()> {
     let staging = Staging::beside(path)?;
@@ -82,6 +97,18 @@ mod tests {
         fs::write(staging.dir().join("half"), b"x").unwrap();
         drop(staging);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_command_left_is_removed_by_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        // Beyond the largest process id there can be (Linux v6.12 include/linux/threads.h, PID_MAX_LIMIT).
+        let dead = dir.path().join(".out.4194305.part");
+        let alive = dir.path().join(".out.1.part");
+        fs::create_dir(&dead).unwrap();
+        fs::create_dir(&alive).unwrap();
+        let _staging = Staging::beside(&dir.path().join("out")).unwrap();
+        assert!(!dead.exists() && alive.exists());
     }
 
     #[test]

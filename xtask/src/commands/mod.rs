@@ -2,4 +2,5 @@
 
 pub(crate) mod host;
 pub(crate) mod images;
+pub(crate) mod lint;
 pub(crate) mod setup;

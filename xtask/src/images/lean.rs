@@ -84,6 +84,9 @@ fn compile(source: &Path, fragment: &str, target: &Path) -> Result<()> {
             .arg(dir.join("vmlinux"))
             .arg(dir.join("vmlinux.stripped")),
     )?;
+    // What `make modules` would leave if there were any: exported symbols, for modules built later.
+    fs::copy(dir.join("vmlinux.symvers"), dir.join("Module.symvers"))
+        .context("no vmlinux.symvers")?;
     relocate(dir, target)?;
     staging.publish()
 }
