@@ -10,6 +10,7 @@ mod dependencies;
 mod host;
 mod images;
 mod manifest;
+mod objects;
 mod packages;
 mod paths;
 mod progress;
@@ -37,6 +38,9 @@ enum Task {
     Setup,
     /// Make guest images: kernel, first file system, planted module
     Images(commands::images::ImagesArgs),
+    /// Compile the two objects that a test patch is made from
+    #[command(hide = true)]
+    Objects(commands::objects::ObjectsArgs),
     /// Check formatting, lints, the rule of dependencies and the README
     Lint,
     /// Run one command in the test host
@@ -58,6 +62,7 @@ fn dispatch(task: Task) -> Result<i32> {
         Task::Setup => commands::setup::tools().map(|_| 0),
         Task::Images(args) => commands::images::run(&args),
         Task::Lint => commands::lint::run(),
+        Task::Objects(args) => commands::objects::run(&args),
         Task::Host(args) => commands::host::run(args),
     }
 }

@@ -14,11 +14,11 @@ use crate::{checksum, packages, paths, progress, run, source};
 
 /// A finished build.
 #[derive(Debug)]
-pub(crate) struct Built {
+pub(super) struct Built {
     /// The build folder (`O=` of the kernel's make).
     pub dir: PathBuf,
     /// Names source version and configuration.
-    identity: String,
+    pub identity: String,
 }
 
 /// Makes the image of a lean kernel.
@@ -38,7 +38,7 @@ pub(super) fn make(manifest: &Manifest, lean: &Lean) -> Result<Image> {
 }
 
 /// Builds the kernel, or finds it built.
-pub(crate) fn built(manifest: &Manifest, lean: &Lean) -> Result<Built> {
+pub(super) fn built(manifest: &Manifest, lean: &Lean) -> Result<Built> {
     let guest = packages::settle(manifest.guest(&lean.source)?)?;
     let path = paths::guest_images().join(&lean.fragment);
     let fragment =

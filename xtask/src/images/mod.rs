@@ -6,6 +6,7 @@ mod debian;
 mod lean;
 mod planted;
 mod ramdisk;
+mod recipe;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ use anyhow::{Context, Result, bail};
 use crate::manifest::Manifest;
 use crate::publish::Staging;
 use crate::{checksum, paths, progress};
+
+pub(crate) use recipe::{Recipe, recipe};
 
 /// A guest that can be booted.
 #[derive(Debug, Clone)]
