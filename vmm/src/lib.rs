@@ -4,9 +4,12 @@
 
 pub mod boot;
 pub mod bus;
+pub mod client;
 pub mod config;
+pub mod control;
 pub mod devices;
 pub mod host;
+mod hot;
 pub mod machine;
 pub mod memory;
 pub mod vm;

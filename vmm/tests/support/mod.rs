@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::Kvm;
 use vmpatch_introspect::address::Gpa;
 use vmpatch_vmm::bus::{Bus, Device, Effect};
+use vmpatch_vmm::client::{Description, KvmTarget};
+use vmpatch_vmm::control::{ControlServer, RunDir};
 use vmpatch_vmm::memory::{GuestMemory, Layout};
 use vmpatch_vmm::vm::{Options, Running, Vm};
 
@@ -142,5 +144,41 @@ fn flat(kind: u8, selector: u16) -> kvm_bindings::kvm_segment {
         s: 1,
         g: 1,
         ..Default::default()
+    }
+}
+
+/// A machine with its control socket in a folder of its own.
+pub struct Served {
+    pub machine: Arc<Running>,
+    pub server: ControlServer,
+    pub base: tempfile::TempDir,
+}
+
+impl Served {
+    pub fn new(machine: Arc<Running>) -> Self {
+        let base = tempfile::tempdir().unwrap();
+        let place = RunDir::claim(base.path(), "test").unwrap();
+        let description = Description {
+            id: "test".into(),
+            pid: std::process::id(),
+            vcpus: machine.vcpu_count(),
+            memory: RAM,
+            kernel: None,
+        };
+        let server = ControlServer::start(place, machine.clone(), description).unwrap();
+        Self {
+            machine,
+            server,
+            base,
+        }
+    }
+
+    /// What `--vm` would be given.
+    pub fn path(&self) -> String {
+        self.server.place().path().to_str().unwrap().to_owned()
+    }
+
+    pub fn target(&self) -> KvmTarget {
+        KvmTarget::connect(&self.path()).unwrap()
     }
 }

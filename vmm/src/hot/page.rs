@@ -1,0 +1,560 @@
+//! The layout of the page that a session and the VMM share, and how values go into its words and come
+//! out. Owns the format; both sides use it, neither trusts the other: every word can change at any time,
+//! so each is read once and then checked.
+//!
+//! ```text
+//!   session: arguments, then command = number | operation, then wakes
+//!   VMM:     results,   then answer  = number | status,    then wakes
+//! ```
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use vmpatch_introspect::address::{Gpa, Gva};
+use vmpatch_introspect::target::{Edit, StopReport};
+use vmpatch_introspect::vcpu::{Activity, Vcpu};
+
+use crate::config::MAX_VCPUS;
+use crate::vm::{MAX_BATCH_BYTES, MAX_EDITS};
+
+/// "vmpatch\0" as a little-endian word.
+const MAGIC: u64 = u64::from_le_bytes(*b"vmpatch\0");
+/// Raised with every change of the layout.
+const VERSION: u32 = 1;
+/// Words of one vCPU's registers.
+const SLOT_WORDS: usize = 32;
+/// Words for a batch, or for the bytes or the text that explain an answer: every edit has a head of two
+/// words, and both sides are padded to whole words.
+const AREA_WORDS: usize = 2 * MAX_BATCH_BYTES / 8 + 4 * MAX_EDITS;
+
+/// The shared page (several pages in truth).
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct Page {
+    magic: AtomicU64,
+    version: AtomicU32,
+    vcpus: AtomicU32,
+    /// What the session wants: see [`Command`]. A futex.
+    pub(crate) command: AtomicU32,
+    /// What came of it: see [`Answer`]. A futex.
+    pub(crate) answer: AtomicU32,
+    /// Of a stop: deadline and lease in nanoseconds. Of a write: the number of edits in the area.
+    arguments: [AtomicU64; 2],
+    /// Of an answer: see [`Detail`].
+    detail: [AtomicU64; 2],
+    /// Kick, registers, write, resume, window, in nanoseconds.
+    report: [AtomicU64; 5],
+    registers: [[AtomicU64; SLOT_WORDS]; MAX_VCPUS as usize],
+    area: [AtomicU64; AREA_WORDS],
+}
+
+/// What a session can want.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Take all vCPUs out of guest mode.
+    Stop = 1,
+    /// Write the batch in the area.
+    Write = 2,
+    /// Resume and keep what was written.
+    Resume = 3,
+    /// Undo what was written and resume.
+    Abandon = 4,
+}
+
+impl Operation {
+    /// The operation in the low byte of a command word, if it is one.
+    pub(crate) const fn of(word: u32) -> Option<Self> {
+        match word & 0xff {
+            1 => Some(Self::Stop),
+            2 => Some(Self::Write),
+            3 => Some(Self::Resume),
+            4 => Some(Self::Abandon),
+            _ => None,
+        }
+    }
+
+    /// The command word: this operation, with a number that tells it from the one before.
+    pub(crate) const fn numbered(self, number: u32) -> u32 {
+        number << 8 | self as u32
+    }
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// As wanted.
+    Done = 1,
+    /// Stop: the vCPU in `detail` was late.
+    Late = 2,
+    /// Stop: not running; the area says why.
+    NotRunning = 3,
+    /// Write: the edit in `detail` found the bytes in the area.
+    Differs = 4,
+    /// Write: the edit at the address in `detail` cannot be; the area says why.
+    Malformed = 5,
+    /// Write: the address in `detail` did not read back; all undone.
+    ReadBack = 6,
+    /// The address in `detail` could not be undone: the machine stays stopped.
+    UndoFailed = 7,
+    /// The lease ran out before: undone and resumed.
+    LeaseExpired = 8,
+    /// The command makes no sense now or at all.
+    Refused = 9,
+    /// The machine has ended; the area says how.
+    Ended = 10,
+}
+
+impl Status {
+    /// The status in the low byte of an answer word.
+    pub(crate) const fn of(word: u32) -> Option<Self> {
+        match word & 0xff {
+            1 => Some(Self::Done),
+            2 => Some(Self::Late),
+            3 => Some(Self::NotRunning),
+            4 => Some(Self::Differs),
+            5 => Some(Self::Malformed),
+            6 => Some(Self::ReadBack),
+            7 => Some(Self::UndoFailed),
+            8 => Some(Self::LeaseExpired),
+            9 => Some(Self::Refused),
+            10 => Some(Self::Ended),
+            _ => None,
+        }
+    }
+}
+
+/// An answer without its registers and report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) status: Status,
+    /// A vCPU, an edit's index or an address, by status.
+    pub(crate) detail: u64,
+    /// Bytes or text, by status.
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Answer {
+    pub(crate) const fn plain(status: Status) -> Self {
+        Self::about(status, 0)
+    }
+
+    pub(crate) const fn about(status: Status, detail: u64) -> Self {
+        Self {
+            status,
+            detail,
+            bytes: Vec::new(),
+        }
+    }
+
+    pub(crate) fn because(status: Status, detail: u64, why: &str) -> Self {
+        // Whole characters only, so that the other side need not cut one.
+        let mut end = why.len().min(512);
+        while !why.is_char_boundary(end) {
+            end -= 1;
+        }
+        let bytes = why.as_bytes().get(..end).unwrap_or_default().to_vec();
+        Self {
+            status,
+            detail,
+            bytes,
+        }
+    }
+
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes).into_owned()
+    }
+}
+
+impl Page {
+    /// Marks a fresh, zeroed page as one of this layout.
+    pub(crate) fn begin(&self, vcpus: usize) {
+        self.version.store(VERSION, Ordering::Relaxed);
+        let vcpus = u32::try_from(vcpus).unwrap_or(u32::MAX);
+        self.vcpus.store(vcpus, Ordering::Relaxed);
+        self.magic.store(MAGIC, Ordering::Release);
+    }
+
+    /// Whether the page is of this layout.
+    pub(crate) fn is_known(&self) -> bool {
+        self.magic.load(Ordering::Acquire) == MAGIC
+            && self.version.load(Ordering::Relaxed) == VERSION
+    }
+
+    pub(crate) fn set_arguments(&self, arguments: [u64; 2]) {
+        for (word, argument) in self.arguments.iter().zip(arguments) {
+            word.store(argument, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn arguments(&self) -> [u64; 2] {
+        [0, 1].map(|at| load(&self.arguments, at))
+    }
+
+    pub(crate) fn set_report(&self, report: &StopReport) {
+        let times = [
+            report.kick,
+            report.registers,
+            report.write,
+            report.resume,
+            report.window,
+        ];
+        for (word, time) in self.report.iter().zip(times) {
+            let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+            word.store(nanoseconds, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn report(&self) -> StopReport {
+        let time = |at| std::time::Duration::from_nanos(load(&self.report, at));
+        StopReport {
+            kick: time(0),
+            registers: time(1),
+            write: time(2),
+            resume: time(3),
+            window: time(4),
+        }
+    }
+
+    pub(crate) fn set_answer(&self, answer: &Answer) {
+        let len = answer.bytes.len() as u64;
+        for (word, value) in self.detail.iter().zip([answer.detail, len]) {
+            word.store(value, Ordering::Relaxed);
+        }
+        // What does not fit is cut; nothing that long is ever answered.
+        let _ = Writer(self.area.iter()).bytes(&answer.bytes);
+    }
+
+    /// The answer with this status; its bytes are cut to what the area holds.
+    pub(crate) fn answer(&self, status: Status) -> Answer {
+        let len = load(&self.detail, 1).min(AREA_WORDS as u64 * 8);
+        let len = usize::try_from(len).unwrap_or(0);
+        Answer {
+            status,
+            detail: load(&self.detail, 0),
+            bytes: Reader(self.area.iter()).bytes(len).unwrap_or_default(),
+        }
+    }
+
+    pub(crate) fn set_registers(&self, vcpus: &[Vcpu]) {
+        for (slot, vcpu) in self.registers.iter().zip(vcpus) {
+            for (word, value) in slot.iter().zip(to_words(vcpu)) {
+                word.store(value, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Registers of the first `vcpus` vCPUs.
+    pub(crate) fn registers(&self, vcpus: usize) -> Vec<Vcpu> {
+        let slots = self.registers.iter().take(vcpus);
+        let words = slots.map(|slot| std::array::from_fn(|at| load(slot, at)));
+        words.map(|words| from_words(&words)).collect()
+    }
+
+    /// Puts a batch into the area; `None` if it does not fit.
+    pub(crate) fn set_batch(&self, batch: &[Edit]) -> Option<()> {
+        if batch.len() > MAX_EDITS {
+            return None;
+        }
+        let mut area = Writer(self.area.iter());
+        for edit in batch {
+            area.word(edit.at.0)?;
+            let lengths = [&edit.old, &edit.new].map(|side| u32::try_from(side.len()).ok());
+            let [Some(old), Some(new)] = lengths else {
+                return None;
+            };
+            area.word(u64::from(new) << 32 | u64::from(old))?;
+            area.bytes(&edit.old)?;
+            area.bytes(&edit.new)?;
+        }
+        self.set_arguments([batch.len() as u64, 0]);
+        Some(())
+    }
+
+    /// Copies the batch out of the area; `None` if what is there is none.
+    pub(crate) fn batch(&self) -> Option<Vec<Edit>> {
+        let [count, _] = self.arguments();
+        let count = usize::try_from(count).ok()?;
+        if count > MAX_EDITS {
+            return None;
+        }
+        let mut area = Reader(self.area.iter());
+        let edits = (0..count).map(|_| {
+            let at = Gpa(area.word()?);
+            let lengths = area.word()?;
+            let [old, new] = [lengths & 0xffff_ffff, lengths >> 32].map(usize::try_from);
+            Some(Edit {
+                at,
+                old: area.bytes(old.ok()?)?,
+                new: area.bytes(new.ok()?)?,
+            })
+        });
+        edits.collect()
+    }
+}
+
+fn load(words: &[AtomicU64], at: usize) -> u64 {
+    words.get(at).map_or(0, |word| word.load(Ordering::Relaxed))
+}
+
+/// Puts values one after the other into words.
+struct Writer<'a>(std::slice::Iter<'a, AtomicU64>);
+
+impl Writer<'_> {
+    fn word(&mut self, value: u64) -> Option<()> {
+        self.0.next()?.store(value, Ordering::Relaxed);
+        Some(())
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Option<()> {
+        for part in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word.iter_mut().zip(part).for_each(|(to, from)| *to = *from);
+            self.word(u64::from_le_bytes(word))?;
+        }
+        Some(())
+    }
+}
+
+/// Takes them out again, in the same order. Never reads past the last word.
+struct Reader<'a>(std::slice::Iter<'a, AtomicU64>);
+
+impl Reader<'_> {
+    fn word(&mut self) -> Option<u64> {
+        Some(self.0.next()?.load(Ordering::Relaxed))
+    }
+
+    fn bytes(&mut self, len: usize) -> Option<Vec<u8>> {
+        let words = len.div_ceil(8);
+        if words > self.0.len() {
+            return None;
+        }
+        let mut bytes = Vec::with_capacity(words * 8);
+        for _ in 0..words {
+            bytes.extend(self.word()?.to_le_bytes());
+        }
+        bytes.truncate(len);
+        Some(bytes)
+    }
+}
+
+const HAS_KERNEL_GS: u64 = 1 << 48;
+const HAS_LSTAR: u64 = 1 << 49;
+const SMM: u64 = 1 << 50;
+const NESTED: u64 = 1 << 51;
+
+fn to_words(vcpu: &Vcpu) -> [u64; SLOT_WORDS] {
+    let flag = |set: bool, bit: u64| if set { bit } else { 0 };
+    let activity = match vcpu.activity {
+        Activity::Running => 0,
+        Activity::Halted => 1,
+        Activity::WaitingForSipi => 2,
+    };
+    let small = u64::from(vcpu.cs)
+        | u64::from(vcpu.ss) << 16
+        | u64::from(vcpu.cpl) << 32
+        | activity << 40
+        | flag(vcpu.kernel_gs_base.is_some(), HAS_KERNEL_GS)
+        | flag(vcpu.lstar.is_some(), HAS_LSTAR)
+        | flag(vcpu.smm, SMM)
+        | flag(vcpu.nested_guest, NESTED);
+    let mut words = [0; SLOT_WORDS];
+    let rest = [
+        vcpu.rip.0,
+        vcpu.rflags,
+        vcpu.fs_base.0,
+        vcpu.gs_base.0,
+        vcpu.kernel_gs_base.unwrap_or_default().0,
+        vcpu.cr0,
+        vcpu.cr2,
+        vcpu.cr3,
+        vcpu.cr4,
+        vcpu.efer,
+        vcpu.idt_base.0,
+        vcpu.gdt_base.0,
+        vcpu.tss_base.0,
+        vcpu.lstar.unwrap_or_default().0,
+        small,
+        u64::from(vcpu.index),
+    ];
+    let values = vcpu.general.into_iter().chain(rest);
+    words
+        .iter_mut()
+        .zip(values)
+        .for_each(|(to, from)| *to = from);
+    words
+}
+
+/// Truncations keep the bits that `to_words` put there.
+#[allow(clippy::cast_possible_truncation)]
+const fn from_words(words: &[u64; SLOT_WORDS]) -> Vcpu {
+    let [
+        rax,
+        rcx,
+        rdx,
+        rbx,
+        rsp,
+        rbp,
+        rsi,
+        rdi,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15, //
+        rip,
+        rflags,
+        fs,
+        gs,
+        kernel_gs,
+        cr0,
+        cr2,
+        cr3,
+        cr4,
+        efer,
+        idt,
+        gdt,
+        tss,
+        lstar,
+        small,
+        index,
+    ] = *words;
+    let activity = match small >> 40 & 0xff {
+        1 => Activity::Halted,
+        2 => Activity::WaitingForSipi,
+        _ => Activity::Running,
+    };
+    Vcpu {
+        index: index as u32,
+        activity,
+        general: [
+            rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
+        ],
+        rip: Gva(rip),
+        rflags,
+        cs: small as u16,
+        ss: (small >> 16) as u16,
+        cpl: (small >> 32) as u8,
+        fs_base: Gva(fs),
+        gs_base: Gva(gs),
+        kernel_gs_base: known(kernel_gs, small & HAS_KERNEL_GS),
+        cr0,
+        cr2,
+        cr3,
+        cr4,
+        efer,
+        idt_base: Gva(idt),
+        gdt_base: Gva(gdt),
+        tss_base: Gva(tss),
+        lstar: known(lstar, small & HAS_LSTAR),
+        smm: small & SMM != 0,
+        nested_guest: small & NESTED != 0,
+    }
+}
+
+const fn known(value: u64, flag: u64) -> Option<Gva> {
+    if flag == 0 { None } else { Some(Gva(value)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hot::map::Shared;
+
+    fn page() -> Shared {
+        Shared::create().unwrap()
+    }
+
+    fn vcpu() -> Vcpu {
+        Vcpu {
+            index: 7,
+            activity: Activity::Halted,
+            general: std::array::from_fn(|n| 100 + n as u64),
+            rip: Gva(1),
+            rflags: 2,
+            cs: 0xfff3,
+            ss: 0xfff4,
+            cpl: 3,
+            fs_base: Gva(5),
+            gs_base: Gva(6),
+            kernel_gs_base: Some(Gva(7)),
+            cr0: 8,
+            cr2: 9,
+            cr3: 10,
+            cr4: 11,
+            efer: 12,
+            idt_base: Gva(13),
+            gdt_base: Gva(14),
+            tss_base: Gva(15),
+            lstar: None,
+            smm: true,
+            nested_guest: false,
+        }
+    }
+
+    #[test]
+    fn registers_come_out_as_they_went_in() {
+        let other = Vcpu {
+            kernel_gs_base: None,
+            lstar: Some(Gva(u64::MAX)),
+            smm: false,
+            nested_guest: true,
+            activity: Activity::WaitingForSipi,
+            ..vcpu()
+        };
+        let page = page();
+        page.set_registers(&[vcpu(), other]);
+        assert_eq!(page.registers(2), [vcpu(), other]);
+    }
+
+    #[test]
+    fn a_batch_comes_out_as_it_went_in() {
+        let edit = |at, len| Edit {
+            at: Gpa(at),
+            old: vec![1; len],
+            new: (0..len).map(|n| n as u8).collect(),
+        };
+        let batch: Vec<_> = (0..13).map(|len| edit(u64::MAX - 9, len)).collect();
+        let page = page();
+        page.set_batch(&batch).unwrap();
+        assert_eq!(page.batch(), Some(batch));
+    }
+
+    #[test]
+    fn the_largest_batch_fits() {
+        let per_edit = MAX_BATCH_BYTES / MAX_EDITS;
+        let edit = Edit {
+            at: Gpa(0),
+            old: vec![0; per_edit],
+            new: vec![0; per_edit],
+        };
+        assert!(page().set_batch(&vec![edit; MAX_EDITS]).is_some());
+        let longest = Edit {
+            at: Gpa(0),
+            old: vec![0; 4096],
+            new: vec![0; 4096],
+        };
+        let batch = vec![longest; MAX_BATCH_BYTES / 4096];
+        assert!(page().set_batch(&batch).is_some());
+    }
+
+    #[test]
+    fn lengths_past_the_area_are_no_batch() {
+        let page = page();
+        page.set_arguments([1, 0]);
+        page.area[1].store(u64::MAX, Ordering::Relaxed);
+        assert_eq!(page.batch(), None);
+        page.set_arguments([u64::MAX, 0]);
+        assert_eq!(page.batch(), None);
+    }
+
+    #[test]
+    fn an_answer_that_claims_too_many_bytes_is_cut() {
+        let page = page();
+        page.set_answer(&Answer::because(Status::Malformed, 5, "because"));
+        assert_eq!(page.answer(Status::Malformed).text(), "because");
+        page.detail[1].store(u64::MAX, Ordering::Relaxed);
+        assert_eq!(page.answer(Status::Malformed).bytes.len(), AREA_WORDS * 8);
+    }
+}

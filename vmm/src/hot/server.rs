@@ -1,0 +1,215 @@
+//! The VMM's side of the shared page: one thread a session that takes commands, holds the stop and ends
+//! it by itself when the lease runs out or the session is gone. Owns the lease. Whatever is in the page
+//! was put there by somebody else: it is copied out, checked, and only then used.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vmpatch_introspect::target::{StopError, WriteError};
+
+use super::map::Shared;
+use super::page::{Answer, Operation, Status};
+use crate::vm::futex::{self, Sharing};
+use crate::vm::{Running, State, Stopped};
+
+/// No stop may be waited for longer than this.
+const MAX_DEADLINE: Duration = Duration::from_secs(10);
+/// No lease may be longer than this.
+const MAX_LEASE: Duration = Duration::from_secs(60);
+
+/// The session's thread, from outside. Dropping it ends the session: a stop that is held is undone and
+/// the guest resumed before the drop returns.
+#[derive(Debug)]
+pub(crate) struct HotServer {
+    page: Arc<Shared>,
+    gone: Arc<AtomicU32>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl HotServer {
+    /// Makes the page and the thread.
+    ///
+    /// # Errors
+    /// What the host kernel said.
+    pub(crate) fn start(machine: Arc<Running>) -> io::Result<Self> {
+        let page = Arc::new(Shared::create()?);
+        page.begin(machine.vcpu_count());
+        let gone = Arc::new(AtomicU32::new(0));
+        let session = Session {
+            machine,
+            page: Arc::clone(&page),
+            gone: Arc::clone(&gone),
+            held: None,
+            expired: false,
+        };
+        let thread = thread::Builder::new()
+            .name("session".into())
+            .spawn(|| session.serve())?;
+        Ok(Self {
+            page,
+            gone,
+            thread: Some(thread),
+        })
+    }
+
+    /// For the session to map.
+    pub(crate) fn page(&self) -> &Shared {
+        &self.page
+    }
+}
+
+impl Drop for HotServer {
+    fn drop(&mut self) {
+        self.gone.store(1, Ordering::SeqCst);
+        futex::wake_all(&self.gone, Sharing::Private);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has dropped its stop, and so has undone and resumed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A stop and until when it may last.
+struct Held {
+    stopped: Stopped,
+    until: Instant,
+}
+
+struct Session {
+    machine: Arc<Running>,
+    page: Arc<Shared>,
+    gone: Arc<AtomicU32>,
+    held: Option<Held>,
+    /// The last stop was ended by its lease.
+    expired: bool,
+}
+
+impl Session {
+    fn serve(mut self) {
+        let mut seen = 0;
+        while self.gone.load(Ordering::SeqCst) == 0 {
+            self.end_if_expired();
+            let word = self.page.command.load(Ordering::SeqCst);
+            if word == seen {
+                let until = self.held.as_ref().map(|held| held.until);
+                futex::wait_either((&self.page.command, seen), (&self.gone, 0), until);
+                continue;
+            }
+            seen = word;
+            let answer = self.obey(word);
+            self.page.set_answer(&answer);
+            let reply = (word & !0xff) | answer.status as u32;
+            self.page.answer.store(reply, Ordering::SeqCst);
+            futex::wake_all(&self.page.answer, Sharing::Shared);
+        }
+        // Dropping `held` undoes and resumes.
+    }
+
+    fn end_if_expired(&mut self) {
+        if let Some(held) = self.held.take_if(|held| held.until <= Instant::now()) {
+            tracing::warn!("a stop's lease ran out: undoing and resuming");
+            self.expired = true;
+            if let Err(error) = held.stopped.abandon() {
+                tracing::error!("{error}");
+            }
+        }
+    }
+
+    fn obey(&mut self, word: u32) -> Answer {
+        let Some(operation) = Operation::of(word) else {
+            return Answer::plain(Status::Refused);
+        };
+        if let Operation::Stop = operation {
+            return self.stop();
+        }
+        if self.machine.state() == State::Stuck {
+            return Answer::plain(Status::UndoFailed);
+        }
+        match self.held.take() {
+            Some(held) => self.go_on(operation, held),
+            None if self.expired => Answer::plain(Status::LeaseExpired),
+            None => Answer::plain(Status::Refused),
+        }
+    }
+
+    fn stop(&mut self) -> Answer {
+        if self.held.is_some() {
+            return Answer::because(Status::NotRunning, 0, "this session has stopped it already");
+        }
+        self.expired = false;
+        let [deadline, lease] = self.page.arguments().map(Duration::from_nanos);
+        match self.machine.stop(deadline.min(MAX_DEADLINE)) {
+            Ok(stopped) => {
+                self.page.set_registers(stopped.vcpus());
+                self.page.set_report(&stopped.report());
+                let until = Instant::now() + lease.min(MAX_LEASE);
+                self.held = Some(Held { stopped, until });
+                Answer::plain(Status::Done)
+            }
+            Err(StopError::Deadline { vcpu, .. }) => Answer::about(Status::Late, vcpu.into()),
+            Err(StopError::NotRunning(why) | StopError::Unreachable(why)) => {
+                Answer::because(Status::NotRunning, 0, &why)
+            }
+        }
+    }
+
+    /// A command while the stop is held; puts the stop back if it still is.
+    fn go_on(&mut self, operation: Operation, mut held: Held) -> Answer {
+        if let Some(outcome) = self.machine.outcome() {
+            return Answer::because(Status::Ended, 0, &outcome.to_string());
+        }
+        match operation {
+            Operation::Stop | Operation::Write => {
+                let answer = write(&mut held.stopped, &self.page);
+                if answer.status != Status::UndoFailed {
+                    self.held = Some(held);
+                }
+                answer
+            }
+            Operation::Resume => {
+                self.page.set_report(&held.stopped.resume());
+                Answer::plain(Status::Done)
+            }
+            Operation::Abandon => match held.stopped.abandon() {
+                Ok(report) => {
+                    self.page.set_report(&report);
+                    Answer::plain(Status::Done)
+                }
+                Err(error) => refusal(&error, &[]),
+            },
+        }
+    }
+}
+
+fn write(stopped: &mut Stopped, page: &Shared) -> Answer {
+    let Some(batch) = page.batch() else {
+        return Answer::because(Status::Malformed, 0, "the batch area holds no batch");
+    };
+    match stopped.write(&batch) {
+        Ok(()) => Answer::plain(Status::Done),
+        Err(error) => {
+            let addresses: Vec<_> = batch.iter().map(|edit| edit.at).collect();
+            refusal(&error, &addresses)
+        }
+    }
+}
+
+/// What the session is told of a write that failed.
+fn refusal(error: &WriteError, batch: &[vmpatch_introspect::address::Gpa]) -> Answer {
+    match error {
+        WriteError::Differs { at, found, .. } => Answer {
+            status: Status::Differs,
+            detail: batch.iter().position(|edit| edit == at).unwrap_or(0) as u64,
+            bytes: found.clone(),
+        },
+        WriteError::Malformed { at, what } => Answer::because(Status::Malformed, at.0, what),
+        WriteError::ReadOnly { at } => Answer::because(Status::Malformed, at.0, "read-only"),
+        WriteError::ReadBack { at } => Answer::about(Status::ReadBack, at.0),
+        WriteError::UndoFailed { at } => Answer::about(Status::UndoFailed, at.0),
+        WriteError::LeaseExpired => Answer::plain(Status::LeaseExpired),
+        WriteError::Unreachable(why) => Answer::because(Status::Ended, 0, why),
+    }
+}
