@@ -7,7 +7,9 @@ use crate::identity::Identity;
 use crate::image::{self, Region};
 pub use crate::layout::Layout;
 use crate::modules::Module;
+use crate::modules::read::{self, ModuleFields};
 use crate::paging::{KernelMemory, ReadError};
+use crate::patching::Signs;
 use crate::symbols::Symbols;
 use crate::symbols::kallsyms::{self, Evidence};
 use crate::target::PhysicalMemory;
@@ -29,6 +31,8 @@ pub struct Kernel {
     /// Types of vmlinux, by BTF, or as far as the kernel's code and data show them.
     pub types: Types,
     task_fields: Result<TaskFields, TypeError>,
+    module_fields: Result<ModuleFields, TypeError>,
+    patching_signs: Signs,
 }
 
 /// Why no kernel was found, or not enough of it.
@@ -72,12 +76,16 @@ impl Kernel {
     #[must_use]
     pub fn new(identity: Identity, layout: Layout, symbols: Symbols, types: Types) -> Self {
         let task_fields = TaskFields::of(&types);
+        let module_fields = ModuleFields::of(&types);
+        let patching_signs = Signs::of(&types, |name| symbols.unique(name).ok());
         Self {
             identity,
             layout,
             symbols,
             types,
             task_fields,
+            module_fields,
+            patching_signs,
         }
     }
 
@@ -126,8 +134,24 @@ impl Kernel {
     ///
     /// # Errors
     /// A list that leads out of memory or never ends.
-    pub fn modules(&self, _physical: &dyn PhysicalMemory) -> Result<Vec<Module>, AttachError> {
-        Ok(Vec::new())
+    pub fn modules(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Module>, AttachError> {
+        // A kernel built without modules has no list.
+        let Ok(head) = self.place("modules") else {
+            return Ok(Vec::new());
+        };
+        let fields = self
+            .module_fields
+            .as_ref()
+            .map_err(|why| AttachError::Unsupported {
+                what: "modules",
+                why: why.to_string(),
+            })?;
+        read::all(&self.memory(physical), fields, head)
+    }
+
+    /// What tells of text changes in this kernel.
+    pub(crate) const fn patching_signs(&self) -> &Signs {
+        &self.patching_signs
     }
 }
 

@@ -8,13 +8,16 @@
 
 pub mod address;
 pub mod dump;
+pub mod features;
 mod find;
 pub mod identity;
 mod image;
 pub mod kernel;
 mod layout;
+pub mod log;
 pub mod modules;
 pub mod paging;
+mod patching;
 pub mod stacks;
 pub mod symbols;
 pub mod target;

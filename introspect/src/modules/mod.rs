@@ -1,5 +1,7 @@
 //! Loaded modules: where their text lies, their symbols, their unwind tables.
 
+pub(crate) mod read;
+
 use serde::{Deserialize, Serialize};
 
 use crate::address::{Gva, GvaRange};
