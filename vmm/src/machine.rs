@@ -9,6 +9,9 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use vmpatch_introspect::address::Gva;
+use vmpatch_introspect::vcpu::Vcpu;
+
 use crate::boot::acpi::PM1A_PORT;
 use crate::boot::{self, BootError};
 use crate::bus::{Bus, BusError, Shared};
@@ -16,7 +19,7 @@ use crate::config::{ConfigError, MachineConfig};
 use crate::devices::{Com1, Console, ConsoleError, I8042, PowerManagement, ResetControl};
 use crate::host::{Host, HostError, Kind};
 use crate::memory::{GuestMemory, Layout, LayoutError, SetupError};
-use crate::vm::{Fault, Options, Outcome, Running, Vm, VmError};
+use crate::vm::{Crash, Fault, Options, Outcome, Running, Vm, VmError};
 
 /// A machine ready to run: memory filled, vCPUs set up, nothing executed yet.
 #[derive(Debug)]
@@ -182,29 +185,42 @@ impl std::fmt::Display for Finished {
     }
 }
 
-/// What a user can do about the end of a machine, where something is known.
+/// What a user can do about the end of a machine, or should know of it.
 fn hint(outcome: &Outcome, kind: Kind) -> Option<&'static str> {
     let Outcome::Crashed(crash) = outcome else {
         return None;
     };
     match (&crash.fault, kind) {
         (Fault::Internal { .. }, Kind::Software) => Some(
-            "this KVM emulates the kernel's instructions and does not know this one; use a host with svm \
-             or vmx, or a kernel configured without it",
+            "this KVM emulates the kernel's instructions and does not know this one; use a host \
+             with svm or vmx, or a kernel configured without it",
+        ),
+        (Fault::TripleFault, _) if at_reset(crash) => Some(
+            "on AMD, KVM resets a vCPU that takes a triple fault: these are no longer the guest's \
+             registers; boot with earlyprintk=ttyS0 to see what came before",
         ),
         (Fault::TripleFault, _) => {
-            Some("a kernel that cannot report why it stops often says so with earlyprintk=ttyS0")
+            Some("boot with earlyprintk=ttyS0 to see what the kernel said before")
         }
         (Fault::FailEntry { .. }, _) => Some("the host's kernel log may say more"),
         _ => None,
     }
 }
 
+/// Whether the registers are those of power-on: SVM leaves the guest's state undefined after a shutdown,
+/// so KVM sets it anew before it tells us (Linux v6.12 arch/x86/kvm/svm/svm.c, `shutdown_interception`).
+fn at_reset(crash: &Crash) -> bool {
+    let power_on = |vcpu: &Vcpu| (vcpu.cs, vcpu.rip) == (0xf000, Gva(0xfff0));
+    crash.registers.as_ref().is_some_and(power_on)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::map::PAGE_TABLES;
     use crate::config::ConsoleKind;
-    use crate::vm::Crash;
+    use vmpatch_introspect::address::Gpa;
+    use vmpatch_introspect::target::PhysicalMemory;
 
     fn config(kernel: &Path) -> MachineConfig {
         MachineConfig {
@@ -261,6 +277,36 @@ mod tests {
     }
 
     #[test]
+    fn a_vcpu_reaches_the_arena_where_the_layout_puts_it() {
+        if Host::open().is_err() {
+            return eprintln!("skipped: no /dev/kvm");
+        }
+        // mov rax, 1 << 39; mov dword [rax], 0x616e6572; then power-off as above.
+        let code = [
+            0x48, 0xb8, 0x00, 0x00, 0x00, 0x00, 0x80, 0x00, 0x00, 0x00, 0xc7, 0x00, 0x72, 0x65,
+            0x6e, 0x61, 0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x01, 0x34, 0x66, 0xef, 0xf4,
+        ];
+        let image = image(&code);
+        let machine = Machine::build(&config(image.path())).unwrap();
+        let memory = machine.vm.memory().clone();
+        let arena = memory.layout().arena();
+        // One page-table path for address 1 << 39: level 4, 3 and 2, the last a 2 MiB page.
+        let entries = [
+            (PAGE_TABLES.0 + 8, 0x1_0003),
+            (0x1_0000, 0x1_1003),
+            (0x1_1000, arena.start.0 | 0x83),
+        ];
+        for (at, entry) in entries {
+            memory.write(Gpa(at), &u64::to_le_bytes(entry)).unwrap();
+        }
+        let finished = machine.start().unwrap().wait();
+        assert_eq!(finished.outcome, Outcome::PowerOff, "{finished}");
+        let mut written = [0; 4];
+        memory.read(arena.start, &mut written).unwrap();
+        assert_eq!(&written, b"rena");
+    }
+
+    #[test]
     fn acpis_reset_register_ends_the_machine_with_a_reset() {
         // mov dx, 0xcf9; mov al, 6; out dx, al; hlt
         let Some(finished) = run(&[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xf4]) else {
@@ -276,9 +322,15 @@ mod tests {
             return;
         };
         let report = finished.to_string();
-        for expected in ["vCPU 0", "triple fault", "0000000012345678", "hint: "] {
-            assert!(report.contains(expected), "{expected:?} in {report}");
+        for expected in ["vCPU 0", "triple fault", "hint: boot", "rax"] {
+            let on_amd = expected == "hint: boot" && report.contains("hint: on AMD");
+            assert!(
+                on_amd || report.contains(expected),
+                "{expected:?} in {report}"
+            );
         }
+        let kept = report.contains("0000000012345678");
+        assert_ne!(kept, report.contains("no longer the guest's"), "{report}");
     }
 
     #[test]
