@@ -3,7 +3,7 @@
 
 use crate::address::{GpaRange, Gva, GvaRange};
 use crate::find::{self, Found};
-use crate::identity::Identity;
+use crate::identity::{Identity, Sources};
 use crate::image::{self, Region};
 pub use crate::layout::Layout;
 use crate::modules::Module;
@@ -66,8 +66,16 @@ impl Kernel {
         let symbols = read_symbols(&through_vcpu, &found, &regions)?;
         let layout = Layout::read(&through_vcpu, &found, &regions, &symbols)?;
         let own = KernelMemory::new(memory, layout.space);
-        let identity = Identity::read(&own, &layout, &regions, &symbols)?;
         let types = search::read(&own, &regions, &symbols)?;
+        let fields = TaskFields::of(&types).ok();
+        let init_task = symbols.unique("init_task").ok();
+        let identity = Identity::read(&Sources {
+            memory: &own,
+            layout: &layout,
+            regions: &regions,
+            symbols: &symbols,
+            tasks: fields.as_ref().zip(init_task),
+        })?;
         Ok(Self::new(identity, layout, symbols, types))
     }
 

@@ -1,5 +1,7 @@
 //! Tasks equal the guest's own `/proc/*/task/*/stat`.
 
+#![allow(clippy::unwrap_used, reason = "only tests are here")]
+
 mod common;
 
 use std::collections::BTreeMap;
@@ -30,7 +32,7 @@ fn tasks_equal_what_proc_lists() {
             .filter(|task| task.kind == TaskKind::Listed)
             .collect();
         let pids: Vec<i32> = listed.iter().map(|task| task.pid).collect();
-        let mut sorted = pids.clone();
+        let mut sorted = pids;
         sorted.sort_unstable();
         assert_eq!(sorted, expected.keys().copied().collect::<Vec<_>>());
         for task in listed {
