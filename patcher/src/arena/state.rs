@@ -16,7 +16,6 @@ pub struct Arena {
     slot: GpaRange,
     level2: Gpa,
     mapped: bool,
-    global: bool,
     manifest: Manifest,
 }
 
@@ -77,7 +76,6 @@ impl Arena {
         kernel: &Kernel,
         memory: &dyn PhysicalMemory,
         slot: GpaRange,
-        global: bool,
     ) -> Result<Self, ArenaError> {
         let fits = slot.size() >= u64::from(WINDOW_PAGES) * PAGE_SIZE
             && slot.start.page_offset() == 0
@@ -100,7 +98,6 @@ impl Arena {
             slot,
             level2,
             mapped,
-            global,
             manifest,
         })
     }
@@ -154,11 +151,16 @@ impl Arena {
 
     /// Takes in a patch: `contents` are the bytes of the record's extents, in the same order. The
     /// manifest is written first, so that no later patch is ever given the same pages; then the bytes,
-    /// then the entries that map them.
+    /// then the entries that map them, `global` only where the kernel's own text is.
     ///
     /// # Errors
     /// [`ManifestError`] where the manifest would grow beyond its pages.
-    pub fn admit(&self, record: &PatchRecord, contents: &[Vec<u8>]) -> Result<Arrival, ArenaError> {
+    pub fn admit(
+        &self,
+        record: &PatchRecord,
+        contents: &[Vec<u8>],
+        global: bool,
+    ) -> Result<Arrival, ArenaError> {
         let mut writes = Vec::new();
         if !self.manifest.patches.contains(record) {
             writes.push(self.manifest_with(record)?);
@@ -170,7 +172,7 @@ impl Arena {
                 bytes: padded(bytes, *extent),
             });
         }
-        writes.extend(self.table_writes(&record.extents));
+        writes.extend(self.table_writes(&record.extents, global));
         Ok(Arrival {
             writes,
             map: self.map_edits(),
@@ -194,14 +196,14 @@ impl Arena {
     }
 
     /// The entries of the extents; before the window is mapped, both tables whole.
-    fn table_writes(&self, extents: &[Extent]) -> Vec<ArenaWrite> {
+    fn table_writes(&self, extents: &[Extent], global: bool) -> Vec<ArenaWrite> {
         let at =
             |page: u32| window::page_frame(self.slot, TABLE_PAGE).wrapping_add(u64::from(page) * 8);
         let run = |extent: &Extent| {
             let pages = extent.page..extent.page.saturating_add(extent.pages);
             let entry = |page| {
                 let frame = window::page_frame(self.slot, page);
-                window::page_entry(frame, extent.kind, self.global).to_le_bytes()
+                window::page_entry(frame, extent.kind, global).to_le_bytes()
             };
             (at(extent.page), pages.flat_map(entry).collect::<Vec<u8>>())
         };
@@ -291,7 +293,7 @@ mod tests {
     use super::*;
 
     fn arena_in(slot: &Slot) -> Result<Arena, ArenaError> {
-        Arena::open(&kernel(), slot, slot.range, false)
+        Arena::open(&kernel(), slot, slot.range)
     }
 
     fn arrive(slot: &Slot, name: &str, contents: &[u8]) -> Arrival {
@@ -300,7 +302,7 @@ mod tests {
         record.extents = arena
             .place(&[(SectionKind::Text, contents.len() as u64)])
             .unwrap();
-        let arrival = arena.admit(&record, &[contents.to_vec()]).unwrap();
+        let arrival = arena.admit(&record, &[contents.to_vec()], false).unwrap();
         for write in &arrival.writes {
             slot.write(write.at, &write.bytes);
         }
@@ -365,7 +367,11 @@ mod tests {
         let arena = arena_in(&slot).unwrap();
         let mut lost = record("lost");
         lost.extents = arena.place(&[(SectionKind::Text, 1)]).unwrap();
-        let first = arena.admit(&lost, &[vec![1]]).unwrap().writes.remove(0);
+        let first = arena
+            .admit(&lost, &[vec![1]], false)
+            .unwrap()
+            .writes
+            .remove(0);
         slot.write(first.at, &first.bytes);
         let next = arena_in(&slot)
             .unwrap()
@@ -388,11 +394,11 @@ mod tests {
         arrive(&slot, "one", &[0x90; 100]);
         let mut other = kernel();
         other.identity.boot = "another".into();
-        let opened = Arena::open(&other, &slot, slot.range, false);
+        let opened = Arena::open(&other, &slot, slot.range);
         assert!(matches!(opened, Err(ArenaError::Stale(_))));
         let level2 = window::find_level2(other.layout.space, &slot).unwrap();
         slot.write(level2, &[0; 16]);
-        let fresh = Arena::open(&other, &slot, slot.range, false).unwrap();
+        let fresh = Arena::open(&other, &slot, slot.range).unwrap();
         assert!(fresh.manifest().patches.is_empty());
         assert_eq!(fresh.manifest().generation, 1, "newer than what is there");
     }

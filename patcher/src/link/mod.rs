@@ -1,9 +1,25 @@
 //! A patch placed for one live guest: every symbol resolved, every relocation applied, every entry jump
-//! chosen.
+//! chosen. Reads the guest while it runs; writes nothing.
+//!
+//! The order is [`plan`]'s: whose the functions are ([`ownership`]), where they are (run-pre matching in
+//! [`verify`](crate::verify)), whether they can be replaced ([`region`]), where the jump goes ([`entry`]),
+//! where the new code lies ([`place`]) and what it becomes there ([`code`]), by what this boot decided
+//! ([`boot`]).
 
 pub mod boot;
+pub mod code;
+pub mod entry;
 pub mod live;
+pub mod names;
+pub mod ownership;
+pub mod pieces;
+pub mod place;
+pub mod plan;
+pub mod region;
 pub mod relocate;
+
+pub use live::{Guest, Live};
+pub use plan::{LinkError, Plan};
 
 #[cfg(test)]
 pub(crate) mod tests {

@@ -1,15 +1,102 @@
 //! Proof that the old functions really are what runs (run-pre matching), and the last thing made before
 //! the journal: a [`Verified`] holds every byte that is to be written, and what is there now.
 
+pub mod disassembly;
+pub mod locate;
+pub mod run_pre;
+pub mod tolerance;
+
 use serde::{Deserialize, Serialize};
 
-use vmpatch_introspect::target::Edit;
+use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gva, GvaRange};
 
-use crate::arena::{ArenaWrite, BusyRange, MapEdits, PatchRecord};
+use crate::arena::{Arena, ArenaError, ArenaWrite, BusyRange, MapEdits, PatchRecord};
+use crate::link::names::{Learned, Names};
+use crate::link::{Guest, Plan};
+use locate::LocateError;
+use run_pre::Matcher;
+
+/// Why a plan does not hold.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// What runs is not what was planned for.
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    /// Guest memory changed between linking and now.
+    #[error("`{function}` changed while the patch was being linked")]
+    Changed {
+        /// The function.
+        function: String,
+    },
+    /// The arena cannot take it.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    /// Guest memory cannot be read.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// Proves the plan against the guest as it is now, and turns it into what is to be written.
+///
+/// # Errors
+/// [`VerifyError`].
+pub fn verify(plan: Plan<'_>, guest: &Guest<'_>, arena: &Arena) -> Result<Verified, VerifyError> {
+    old_functions_run(&plan, guest)?;
+    for site in &plan.record.sites {
+        for edit in &site.edits {
+            let mut now = vec![0; edit.old.len()];
+            guest.memory().physical.read(edit.at, &mut now)?;
+            if now != edit.old {
+                return Err(VerifyError::Changed {
+                    function: site.function.clone(),
+                });
+            }
+        }
+    }
+    let arrival = arena.admit(&plan.record, &plan.contents, plan.global)?;
+    Ok(Verified {
+        boot: guest.kernel().identity.boot.clone(),
+        arena_writes: arrival.writes,
+        map: arrival.map,
+        switch: plan.record.apply_edits(),
+        functions: reports(&plan),
+        record: plan.record,
+    })
+}
+
+fn old_functions_run(plan: &Plan<'_>, guest: &Guest<'_>) -> Result<(), VerifyError> {
+    let names = Names::look_up(&plan.patch.symbols, guest);
+    let matcher = Matcher {
+        live: guest,
+        facts: &plan.facts,
+        names: &names,
+    };
+    let mut learned = Learned::new();
+    for (wanted, planned) in plan.patch.replaced.iter().zip(&plan.located) {
+        if matcher.locate(wanted, &mut learned)? != *planned {
+            return Err(VerifyError::Changed {
+                function: wanted.name.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn reports(plan: &Plan<'_>) -> Vec<FunctionReport> {
+    let functions = plan.located.iter().zip(&plan.new).zip(&plan.record.sites);
+    functions
+        .map(|((old, new), site)| FunctionReport {
+            name: site.function.clone(),
+            old: old.range,
+            new: *new,
+            site: site.at,
+        })
+        .collect()
+}
 
 /// A patch that is linked for one boot of one guest and whose old functions were found running there.
-/// Nothing in it depends on the patch file any more.
+/// [`verify`] makes it; nothing in it depends on the patch file any more.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verified {
     /// The boot it was made for ([`Identity::boot`](vmpatch_introspect::identity::Identity::boot)).

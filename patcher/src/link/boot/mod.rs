@@ -79,6 +79,19 @@ pub enum BootError {
     },
 }
 
+impl BootError {
+    /// Offset in the code, 0 where it is of no one place.
+    #[must_use]
+    pub const fn offset(&self) -> u64 {
+        match self {
+            Self::Site { offset, .. }
+            | Self::UnknownFeature { offset, .. }
+            | Self::Unresolved { offset, .. } => *offset,
+            Self::OutOfReach(_) | Self::Read(_) => 0,
+        }
+    }
+}
+
 impl Image {
     /// The part of a site.
     ///
@@ -154,7 +167,7 @@ pub fn run(
     for site in sites {
         match &site.kind {
             SiteKind::RuntimeConstant { symbol, .. } => {
-                constant(image, site, live, resolve(*symbol))?
+                constant(image, site, live, resolve(*symbol))?;
             }
             SiteKind::Paravirt { slot } => alternatives::paravirt(image, site, *slot, facts, live)?,
             _ => {}

@@ -1,0 +1,348 @@
+//! New code and data made ready for their place: fields filled in, sites treated as boot would have, and
+//! those that need the guest's own tables turned into plain code. What is not understood is refused by
+//! name, section and offset.
+
+use vmpatch_introspect::Gva;
+
+use super::boot::nops::NOP5;
+use super::boot::{self, BootError, Facts, Image};
+use super::live::Live;
+use super::names::{Learned, Names};
+use super::pieces::Pieces;
+use super::place::Placement;
+use super::relocate::{self, OutOfReach};
+use crate::patch::{Patch, Reference, Relocation, Section, SectionKind, Site, SiteKind, Symbol};
+
+/// Everything that decides what new code becomes.
+pub struct Context<'a> {
+    /// The patch.
+    pub patch: &'a Patch,
+    /// The guest.
+    pub live: &'a dyn Live,
+    /// What its boot decided.
+    pub facts: &'a Facts,
+    /// The patch's symbols in it.
+    pub names: &'a Names<'a>,
+    /// What running code told of them.
+    pub learned: &'a Learned,
+    /// Where everything of the patch lies.
+    pub placement: &'a Placement,
+}
+
+/// Why new code cannot be made to run in this guest.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("section {section} at offset {offset:#x}: {why}")]
+pub struct CodeError {
+    /// Section of the patch.
+    pub section: String,
+    /// Offset in it.
+    pub offset: u64,
+    /// What is in the way.
+    pub why: Obstacle,
+}
+
+/// What is in the way of one field or site.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// The guest does not have the symbol.
+    #[error("the guest has no symbol `{0}`")]
+    Absent(String),
+    /// It has several, and no old code told which.
+    #[error("the guest has {count} symbols named `{name}`, and no old code tells which is meant")]
+    Ambiguous {
+        /// Name.
+        name: String,
+        /// How many.
+        count: usize,
+    },
+    /// It names bytes of the old object, which have no address.
+    #[error("new code refers to bytes of the old object's {0}")]
+    OldBytes(String),
+    /// The target is too far away.
+    #[error("`{name}`: {far}")]
+    Far {
+        /// What the field names.
+        name: String,
+        /// How far.
+        far: OutOfReach,
+    },
+    /// Boot's work could not be done.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A name that only stands for something else at a site of its own kind.
+    #[error("`{0}` is used where the patch marks no site for it")]
+    Unmarked(String),
+    /// A site the linker cannot make into plain code.
+    #[error("{0}")]
+    Site(&'static str),
+    /// No room is left for made code.
+    #[error("more pieces of code are needed than were counted")]
+    Room,
+}
+
+/// The bytes of every section, and the code made beside them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Linked {
+    /// In the order of the patch.
+    pub sections: Vec<Vec<u8>>,
+    /// From [`Placement::pieces`] on.
+    pub pieces: Vec<u8>,
+}
+
+/// Links every section.
+///
+/// # Errors
+/// [`CodeError`], the first.
+pub fn link(context: &Context<'_>, most_pieces: usize) -> Result<Linked, CodeError> {
+    let mut pieces = Pieces::new(context.placement.pieces, most_pieces);
+    let places = context
+        .patch
+        .sections
+        .iter()
+        .zip(&context.placement.sections);
+    let sections = places
+        .map(|(section, at)| {
+            let mut linker = SectionLinker {
+                context,
+                section,
+                pieces: &mut pieces,
+            };
+            linker.link(*at)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Linked {
+        sections,
+        pieces: pieces.into_bytes(),
+    })
+}
+
+/// How many pieces of code the references of a patch may need, beside its static branches.
+#[must_use]
+pub fn most_stubs(patch: &Patch, facts: &Facts) -> usize {
+    if facts.ibt { patch.symbols.len() } else { 0 }
+}
+
+struct SectionLinker<'a, 'b> {
+    context: &'a Context<'a>,
+    section: &'a Section,
+    pieces: &'b mut Pieces,
+}
+
+impl SectionLinker<'_, '_> {
+    fn link(&mut self, at: Gva) -> Result<Vec<u8>, CodeError> {
+        let mut image = Image {
+            at,
+            bytes: self.section.bytes.clone(),
+        };
+        if let (true, Some(site)) = (
+            self.section.kind != SectionKind::Text,
+            self.section.sites.first(),
+        ) {
+            let why = Obstacle::Site("only code can have sites");
+            return Err(self.error(site.offset, why));
+        }
+        let replaced = self.replaced_bytes();
+        for field in &self.section.relocations {
+            if !replaced
+                .get(field.offset as usize)
+                .copied()
+                .unwrap_or_default()
+            {
+                self.field(&mut image, field)?;
+            }
+        }
+        let resolve = |index| self.value(index).ok();
+        let Context { facts, live, .. } = self.context;
+        boot::run(&mut image, &self.section.sites, facts, *live, &resolve)
+            .map_err(|error| self.error(error.offset(), error.into()))?;
+        for site in &self.section.sites {
+            self.site(&mut image, site)?;
+        }
+        Ok(image.bytes)
+    }
+
+    /// Bytes of sites that are written anew whatever the object has there.
+    fn replaced_bytes(&self) -> Vec<bool> {
+        let mut replaced = vec![false; self.section.bytes.len()];
+        for site in &self.section.sites {
+            let anew = matches!(
+                site.kind,
+                SiteKind::Fentry
+                    | SiteKind::Return
+                    | SiteKind::Retpoline { .. }
+                    | SiteKind::JumpLabel { .. }
+            );
+            let from = site.offset as usize;
+            if let (true, Some(part)) = (
+                anew,
+                replaced.get_mut(from..from.saturating_add(site.len.into())),
+            ) {
+                part.fill(true);
+            }
+        }
+        replaced
+    }
+
+    fn field(&mut self, image: &mut Image, field: &Relocation) -> Result<(), CodeError> {
+        let name = self.context.names.name(field.symbol);
+        if stands_for_a_site(name) && self.is_guest(field.symbol) {
+            return Err(self.error(field.offset, Obstacle::Unmarked(name.to_owned())));
+        }
+        let mut symbol = self
+            .value(field.symbol)
+            .map_err(|why| self.error(field.offset, why))?;
+        if self.needs_landing_mark(field, symbol) {
+            let stub = self.pieces.landing(symbol);
+            symbol = stub.map_err(|why| self.error(field.offset, why))?;
+        }
+        let at = image.address(field.offset);
+        let bytes = relocate::encode(field.kind, symbol, field.addend, at).map_err(|far| {
+            self.error(
+                field.offset,
+                Obstacle::Far {
+                    name: name.to_owned(),
+                    far,
+                },
+            )
+        })?;
+        image
+            .write(field.offset, &bytes)
+            .map_err(|why| self.error(field.offset, why.into()))
+    }
+
+    fn is_guest(&self, index: u32) -> bool {
+        matches!(self.context.names.symbol(index), Some(Symbol::Guest { .. }))
+    }
+
+    fn value(&self, index: u32) -> Result<Gva, Obstacle> {
+        let Context {
+            names,
+            learned,
+            placement,
+            ..
+        } = self.context;
+        match names.symbol(index) {
+            Some(Symbol::Own {
+                section, offset, ..
+            }) => {
+                let start = placement.sections.get(*section as usize);
+                start
+                    .map(|at| at.wrapping_add(*offset))
+                    .ok_or(Obstacle::Site("no such section"))
+            }
+            Some(Symbol::OldBytes { section, .. }) => Err(Obstacle::OldBytes(section.clone())),
+            _ => names.value(learned, index).ok_or_else(|| {
+                let name = names.name(index).to_owned();
+                match names.count(index) {
+                    0 => Obstacle::Absent(name),
+                    count => Obstacle::Ambiguous { name, count },
+                }
+            }),
+        }
+    }
+
+    /// Whether the field takes the address of a guest function that may then be called indirectly, which
+    /// faults where indirect branch tracking is on and the function has no landing mark (Intel SDM vol. 1
+    /// section 17.3).
+    fn needs_landing_mark(&self, field: &Relocation, symbol: Gva) -> bool {
+        if !self.context.facts.ibt || !self.is_guest(field.symbol) || self.is_branch(field) {
+            return false;
+        }
+        let text = (
+            self.context.live.unique("_stext"),
+            self.context.live.unique("_etext"),
+        );
+        let (Some(start), Some(end)) = text else {
+            return false;
+        };
+        let marked = self.context.live.bytes(symbol, 4);
+        (start..end).contains(&symbol) && marked.is_ok_and(|it| it != [0xf3, 0x0f, 0x1e, 0xfa])
+    }
+
+    /// Whether the field is the target of a direct call or jump, by the opcode before it.
+    fn is_branch(&self, field: &Relocation) -> bool {
+        let before = |back: usize| {
+            let at = (field.offset as usize).checked_sub(back)?;
+            self.section.bytes.get(at).copied()
+        };
+        self.section.kind == SectionKind::Text
+            && (matches!(before(1), Some(0xe8 | 0xe9))
+                || matches!((before(2), before(1)), (Some(0x0f), Some(0x80..=0x8f))))
+    }
+
+    fn site(&mut self, image: &mut Image, site: &Site) -> Result<(), CodeError> {
+        let bytes = match &site.kind {
+            SiteKind::Fentry if site.len == 5 => NOP5,
+            SiteKind::Fentry => {
+                return Err(self.error(
+                    site.offset,
+                    Obstacle::Site("a call to ftrace of odd length"),
+                ));
+            }
+            SiteKind::JumpLabel {
+                key,
+                target,
+                inverted,
+            } => {
+                if site.len != 5 {
+                    let why =
+                        "a static-key branch of two bytes cannot hold a jump; build with five";
+                    return Err(self.error(site.offset, Obstacle::Site(why)));
+                }
+                self.static_branch(image, site.offset, *key, *target, *inverted)
+                    .map_err(|why| self.error(site.offset, why))?
+            }
+            // The trampoline is always current; landing marks and lock prefixes are right as they are;
+            // the rest is boot's work and done.
+            SiteKind::StaticCall
+            | SiteKind::Endbr
+            | SiteKind::LockPrefix
+            | SiteKind::Return
+            | SiteKind::Retpoline { .. }
+            | SiteKind::RuntimeConstant { .. }
+            | SiteKind::Alternative { .. }
+            | SiteKind::Paravirt { .. } => return Ok(()),
+        };
+        image
+            .write(site.offset, &bytes)
+            .map_err(|why| self.error(site.offset, why.into()))
+    }
+
+    /// A branch that nobody in the guest keeps current asks for the key's value each time it runs.
+    fn static_branch(
+        &mut self,
+        image: &Image,
+        offset: u64,
+        key: Reference,
+        target: Reference,
+        inverted: bool,
+    ) -> Result<[u8; 5], Obstacle> {
+        let place = |it: Reference| {
+            self.value(it.symbol)
+                .map(|at| at.wrapping_add(it.addend.cast_unsigned()))
+        };
+        let (key, target) = (place(key)?, place(target)?);
+        let at = image.address(offset);
+        let test = self
+            .pieces
+            .static_branch(key, target, at.wrapping_add(5), inverted)?;
+        let name = "code made for a static branch".to_owned();
+        relocate::branch(0xe9, at, test).map_err(|far| Obstacle::Far { name, far })
+    }
+
+    fn error(&self, offset: u64, why: Obstacle) -> CodeError {
+        CodeError {
+            section: self.section.name.clone(),
+            offset,
+            why,
+        }
+    }
+}
+
+/// Names that boot replaces by something else, so that a bare use of them is a mistake: the return thunk
+/// warns after boot, the others are no functions.
+fn stands_for_a_site(name: &str) -> bool {
+    name == "__fentry__"
+        || name == "__x86_return_thunk"
+        || name.starts_with("__x86_indirect_thunk_")
+}

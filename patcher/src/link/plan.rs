@@ -1,0 +1,429 @@
+//! A plan: a patch placed for one boot of one guest. Owns the order of linking; each step is a file beside
+//! this one.
+
+use vmpatch_introspect::target::Edit;
+use vmpatch_introspect::{Gva, GvaRange, PhysicalMemory, ReadError};
+
+use super::boot::Facts;
+use super::boot::facts::FactsError;
+use super::code::{self, CodeError, Context};
+use super::entry::{self, Body, Entry, EntryError};
+use super::live::{Guest, Live};
+use super::names::{Learned, Names};
+use super::ownership::{self, OwnershipError};
+use super::place::{Placement, Shape};
+use super::region::{self, RegionError};
+use super::relocate::{self, OutOfReach};
+use crate::arena::window::{self, WindowError};
+use crate::arena::{Arena, ArenaError, BusyKind, BusyRange, PatchRecord, SiteRecord};
+use crate::patch::file::PatchFile;
+use crate::patch::{Patch, Replacement, SectionKind};
+use crate::verify::locate::{LocateError, Located};
+use crate::verify::run_pre::Matcher;
+
+/// A patch placed for one boot of one guest. Nothing is written yet.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// The patch.
+    pub(crate) patch: &'a Patch,
+    /// What the boot decided.
+    pub(crate) facts: Facts,
+    /// The old functions.
+    pub(crate) located: Vec<Located>,
+    /// What the manifest will say.
+    pub(crate) record: PatchRecord,
+    /// Bytes of the record's extents.
+    pub(crate) contents: Vec<Vec<u8>>,
+    /// New functions, in the order of the patch.
+    pub(crate) new: Vec<GvaRange>,
+    /// Whether arena pages are global.
+    pub(crate) global: bool,
+}
+
+/// Why a patch cannot be placed for a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// It was made for another kernel.
+    #[error("the patch is for kernel {wanted}, the guest runs {found}")]
+    WrongKernel {
+        /// Release or build id that the patch asks for.
+        wanted: String,
+        /// What the guest has.
+        found: String,
+    },
+    /// It is for a module, which is not done yet.
+    #[error("the patch is for module `{module}`; only vmlinux can be patched so far")]
+    Module {
+        /// The module.
+        module: String,
+    },
+    /// What the boot decided cannot be told.
+    #[error(transparent)]
+    Facts(#[from] FactsError),
+    /// Another patch is in the way.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// An old function does not run.
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    /// An old function lies where none can be replaced.
+    #[error("`{function}` cannot be replaced: {why}")]
+    Region {
+        /// The function.
+        function: String,
+        /// Why not.
+        why: RegionError,
+    },
+    /// No place for the jump.
+    #[error("`{function}` cannot be entered by a jump: {why}")]
+    Entry {
+        /// The function.
+        function: String,
+        /// Why not.
+        why: EntryError,
+    },
+    /// New code cannot be made ready.
+    #[error(transparent)]
+    Code(#[from] CodeError),
+    /// The new function is out of the jump's reach.
+    #[error(transparent)]
+    Far(#[from] OutOfReach),
+    /// No room, or the arena cannot be used.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    /// The guest's page tables cannot be read.
+    #[error(transparent)]
+    Window(#[from] WindowError),
+    /// Guest memory cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+impl<'a> Plan<'a> {
+    /// Places a patch: finds the old functions, chooses entry jumps, and makes the new code ready. What
+    /// was placed before and rolled back is taken up again where it lies, if it comes out the same and has
+    /// no data of its own.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn link(file: &'a PatchFile, guest: &Guest<'_>, arena: &Arena) -> Result<Self, LinkError> {
+        let patch = file.patch();
+        fits(patch, guest)?;
+        let digest = file.digest().to_string();
+        let memory = guest.memory().physical;
+        ownership::patch_is_free(patch, &digest, arena.manifest(), memory)?;
+        let facts = Facts::read(guest.kernel(), guest)?;
+        let names = Names::look_up(&patch.symbols, guest);
+        let linker = Linker {
+            patch,
+            digest,
+            guest,
+            arena,
+            facts: &facts,
+            names: &names,
+        };
+        let (located, learned) = linker.locate()?;
+        let entries = linker.entries(&located)?;
+        let placed = linker.place(&located, &entries, &learned)?;
+        let global = !facts.isolated
+            && window::is_global(guest.kernel().layout.space, memory, text_start(guest))?;
+        Ok(Self {
+            patch,
+            located,
+            record: placed.record,
+            contents: placed.contents,
+            new: placed.new,
+            global,
+            facts,
+        })
+    }
+
+    /// What the manifest will say of it.
+    #[must_use]
+    pub const fn record(&self) -> &PatchRecord {
+        &self.record
+    }
+}
+
+fn text_start(guest: &Guest<'_>) -> Gva {
+    guest.kernel().layout.text.start
+}
+
+/// Whether the patch was made for this kernel, as far as it says.
+fn fits(patch: &Patch, guest: &Guest<'_>) -> Result<(), LinkError> {
+    let identity = &guest.kernel().identity;
+    if patch.requires.object != "vmlinux" {
+        return Err(LinkError::Module {
+            module: patch.requires.object.clone(),
+        });
+    }
+    let release = (patch.requires.release.as_ref(), Some(&identity.release));
+    let build_id = (patch.requires.build_id.as_ref(), identity.build_id.as_ref());
+    for (wanted, found) in [release, build_id] {
+        if let (Some(wanted), Some(found)) = (wanted, found)
+            && wanted != found
+        {
+            let (wanted, found) = (wanted.clone(), found.clone());
+            return Err(LinkError::WrongKernel { wanted, found });
+        }
+    }
+    Ok(())
+}
+
+/// What came of placing.
+struct Placed {
+    record: PatchRecord,
+    contents: Vec<Vec<u8>>,
+    new: Vec<GvaRange>,
+}
+
+struct Linker<'a> {
+    patch: &'a Patch,
+    digest: String,
+    guest: &'a Guest<'a>,
+    arena: &'a Arena,
+    facts: &'a Facts,
+    names: &'a Names<'a>,
+}
+
+impl Linker<'_> {
+    fn memory(&self) -> &dyn PhysicalMemory {
+        self.guest.memory().physical
+    }
+
+    /// Finds every old function, and learns from them what open symbols are.
+    fn locate(&self) -> Result<(Vec<Located>, Learned), LinkError> {
+        let matcher = Matcher {
+            live: self.guest,
+            facts: self.facts,
+            names: self.names,
+        };
+        let mut learned = Learned::new();
+        let mut all = Vec::with_capacity(self.patch.replaced.len());
+        for wanted in &self.patch.replaced {
+            self.is_free(wanted)?;
+            let located = matcher.locate(wanted, &mut learned)?;
+            for range in std::iter::once(&located.range).chain(&located.parts) {
+                region::check(*range, self.guest).map_err(|why| LinkError::Region {
+                    function: wanted.name.clone(),
+                    why,
+                })?;
+            }
+            all.push(located);
+        }
+        Ok((all, learned))
+    }
+
+    /// Before it is compared: the jump of another patch would only read as a difference.
+    fn is_free(&self, wanted: &Replacement) -> Result<(), LinkError> {
+        for at in self.guest.named(&wanted.name) {
+            if let Some(range) = GvaRange::sized(at, wanted.old.bytes.len() as u64) {
+                let manifest = self.arena.manifest();
+                ownership::function_is_free(&wanted.name, range, manifest, self.memory())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn entries(&self, located: &[Located]) -> Result<Vec<Entry>, LinkError> {
+        let functions = self.patch.replaced.iter().zip(located);
+        functions
+            .map(|(wanted, found)| self.entry(wanted, found))
+            .collect()
+    }
+
+    fn entry(&self, wanted: &Replacement, found: &Located) -> Result<Entry, LinkError> {
+        let running = self
+            .guest
+            .bytes(found.range.start, wanted.old.bytes.len())?;
+        let parts = wanted.old_parts.iter().zip(&found.parts);
+        let parts: Vec<_> = parts
+            .map(|(part, range)| {
+                let running = self.guest.bytes(range.start, part.code.bytes.len())?;
+                Ok((&part.code, range.start, running))
+            })
+            .collect::<Result<_, ReadError>>()?;
+        let bodies: Vec<_> = parts
+            .iter()
+            .map(|(code, at, running)| Body {
+                code,
+                at: *at,
+                running,
+            })
+            .collect();
+        let main = Body {
+            code: &wanted.old,
+            at: found.range.start,
+            running: &running,
+        };
+        entry::choose(main, &bodies).map_err(|why| LinkError::Entry {
+            function: wanted.name.clone(),
+            why,
+        })
+    }
+
+    /// Links for the place the same patch had before, if that gives the same again; else for a new one.
+    fn place(
+        &self,
+        located: &[Located],
+        entries: &[Entry],
+        learned: &Learned,
+    ) -> Result<Placed, LinkError> {
+        let stubs = code::most_stubs(self.patch, self.facts);
+        let shape = Shape::of(self.patch, stubs);
+        let has_data = self
+            .patch
+            .sections
+            .iter()
+            .any(|it| it.kind == SectionKind::Data);
+        let before = self.arena.manifest().patches.iter().rev();
+        let same = |record: &&PatchRecord| record.digest == self.digest;
+        for record in before.filter(same).filter(|_| !has_data) {
+            if let Some(placement) = shape.place_again(&record.extents) {
+                let placed = self.link_at(&shape, &placement, located, entries, learned)?;
+                if placed.record == *record {
+                    return Ok(placed);
+                }
+            }
+        }
+        let placement = shape.place(self.arena)?;
+        self.link_at(&shape, &placement, located, entries, learned)
+    }
+
+    fn link_at(
+        &self,
+        shape: &Shape,
+        placement: &Placement,
+        located: &[Located],
+        entries: &[Entry],
+        learned: &Learned,
+    ) -> Result<Placed, LinkError> {
+        let context = Context {
+            patch: self.patch,
+            live: self.guest,
+            facts: self.facts,
+            names: self.names,
+            learned,
+            placement,
+        };
+        let linked = code::link(&context, shape.most_pieces())?;
+        let mut busy = old_ranges(self.patch, located);
+        busy.extend(new_ranges(
+            self.patch,
+            placement,
+            linked.pieces.len() as u64,
+        ));
+        let new: Vec<_> = self
+            .patch
+            .replaced
+            .iter()
+            .map(|it| new_function(self.patch, it, placement))
+            .collect();
+        let sites = self.sites(entries, &new)?;
+        let record = PatchRecord {
+            name: self.patch.name.clone(),
+            digest: self.digest.clone(),
+            extents: placement.extents.clone(),
+            sites,
+            busy,
+        };
+        let contents = shape.contents(&linked.sections, &linked.pieces);
+        Ok(Placed {
+            record,
+            contents,
+            new,
+        })
+    }
+
+    fn sites(&self, entries: &[Entry], new: &[GvaRange]) -> Result<Vec<SiteRecord>, LinkError> {
+        let functions = self.patch.replaced.iter().zip(entries).zip(new);
+        functions
+            .map(|((wanted, entry), new)| {
+                let jump = relocate::branch(0xe9, entry.at, new.start)?;
+                Ok(SiteRecord {
+                    function: wanted.name.clone(),
+                    at: entry.at,
+                    edits: edits(self.guest, entry.at, &jump)?,
+                    covered: entry.covered,
+                })
+            })
+            .collect()
+    }
+}
+
+/// One edit for each page that the bytes lie on.
+fn edits(live: &dyn Live, at: Gva, new: &[u8]) -> Result<Vec<Edit>, ReadError> {
+    let mut edits = Vec::new();
+    let (mut at, mut left) = (at, new);
+    while !left.is_empty() {
+        let in_page = (4096 - at.page_offset()).min(left.len() as u64) as usize;
+        let (now, later) = left.split_at(in_page);
+        edits.push(Edit {
+            at: live.physical(at)?,
+            old: live.bytes(at, in_page)?,
+            new: now.to_vec(),
+        });
+        at = at.wrapping_add(in_page as u64);
+        left = later;
+    }
+    Ok(edits)
+}
+
+/// Old functions with their parts: a task in any of them would run on in old code.
+fn old_ranges(patch: &Patch, located: &[Located]) -> Vec<BusyRange> {
+    let mut ranges = Vec::new();
+    for (wanted, found) in patch.replaced.iter().zip(located) {
+        let busy = |range: &GvaRange, function: &str, kind| BusyRange {
+            range: *range,
+            function: function.to_owned(),
+            kind,
+        };
+        ranges.push(busy(&found.range, &wanted.name, BusyKind::Old));
+        let parts = wanted.old_parts.iter().zip(&found.parts);
+        ranges.extend(parts.map(|(part, range)| busy(range, &part.name, BusyKind::OldPart)));
+    }
+    ranges
+}
+
+/// All new text, section by section, and the code made beside it.
+fn new_ranges(patch: &Patch, placement: &Placement, pieces: u64) -> Vec<BusyRange> {
+    let sections = (0_u32..).zip(&patch.sections).zip(&placement.sections);
+    let text = sections.filter(|((_, section), _)| section.kind == SectionKind::Text);
+    let mut ranges: Vec<_> = text
+        .map(|((index, section), at)| BusyRange {
+            range: sized(*at, section.bytes.len() as u64),
+            function: section_function(patch, index, &section.name),
+            kind: BusyKind::New,
+        })
+        .collect();
+    if pieces > 0 {
+        ranges.push(BusyRange {
+            range: sized(placement.pieces, pieces),
+            function: format!("{} (made code)", patch.name),
+            kind: BusyKind::New,
+        });
+    }
+    ranges
+}
+
+fn section_function(patch: &Patch, section: u32, name: &str) -> String {
+    let replaced = patch.replaced.iter().find(|it| it.new_section == section);
+    let plain = || name.strip_prefix(".text.").unwrap_or(name).to_owned();
+    replaced.map_or_else(plain, |it| it.name.clone())
+}
+
+fn new_function(patch: &Patch, wanted: &Replacement, placement: &Placement) -> GvaRange {
+    let section = wanted.new_section as usize;
+    let start = placement.sections.get(section).copied().unwrap_or_default();
+    let size = patch
+        .sections
+        .get(section)
+        .map_or(0, |section| section.bytes.len() as u64);
+    let entry = start.wrapping_add(wanted.new_offset);
+    sized(entry, size.saturating_sub(wanted.new_offset))
+}
+
+/// Arena addresses are far below the end of the address space.
+fn sized(start: Gva, size: u64) -> GvaRange {
+    GvaRange::sized(start, size).unwrap_or(GvaRange { start, end: start })
+}
