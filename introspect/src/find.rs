@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::address::{Gpa, Gva};
-use crate::kernel::AttachError;
+use crate::kernel::{AttachError, Kernel};
 use crate::paging::{AddressSpace, KernelMemory, ReadError};
 use crate::target::PhysicalMemory;
 use crate::vcpu::{Activity, Vcpu};
@@ -55,6 +55,9 @@ pub enum ForeignVcpu {
         /// Where the kernel's lies.
         expected: Gva,
     },
+    /// Neither GS base is that of a CPU of the kernel.
+    #[error("no GS base of its own ({0}) belongs to a CPU of the kernel")]
+    OtherCpu(Gva),
     /// The handler is not the kernel's.
     #[error("its page-fault handler is {found}, the others' is {expected}")]
     OtherHandler {
@@ -81,6 +84,34 @@ impl ForeignVcpu {
             return Err(Self::NotLongMode);
         }
         Ok(())
+    }
+}
+
+impl Kernel {
+    /// Checks that a vCPU runs this kernel and nothing else: from registers alone, so that a stop can ask
+    /// it of each. One that waits for its start-up IPI runs nothing.
+    ///
+    /// # Errors
+    /// What speaks against it.
+    pub fn check_vcpu(&self, vcpu: &Vcpu) -> Result<(), ForeignVcpu> {
+        if vcpu.activity == Activity::WaitingForSipi {
+            return Ok(());
+        }
+        ForeignVcpu::check(vcpu)?;
+        let (found, expected) = (vcpu.idt_base, self.layout.idt_base);
+        if found != expected {
+            return Err(ForeignVcpu::OtherTable { found, expected });
+        }
+        // In kernel mode GS is the CPU's area, but for a few instructions around SWAPGS; the other base is
+        // then the one. Where the hypervisor does not tell it, GS proves nothing.
+        let areas = &self.layout.per_cpu_offset;
+        let known = |base: Gva| areas.contains(&base.0);
+        match vcpu.kernel_gs_base {
+            Some(other) if !areas.is_empty() && !known(vcpu.gs_base) && !known(other) => {
+                Err(ForeignVcpu::OtherCpu(vcpu.gs_base))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -182,4 +213,139 @@ fn kernel_half(
     };
     let same = KernelMemory::new(memory, below).physical_of(handler) == Ok(at);
     Ok((if same { below } else { given }, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::GpaRange;
+    use crate::target::MemoryError;
+
+    /// RAM of 1 MiB with words set by hand.
+    struct Ram(Vec<u8>);
+
+    impl Ram {
+        fn new(words: &[(u64, u64)]) -> Self {
+            let mut ram = vec![0; 1 << 20];
+            for (at, word) in words {
+                ram[*at as usize..][..8].copy_from_slice(&word.to_le_bytes());
+            }
+            Self(ram)
+        }
+    }
+
+    impl PhysicalMemory for Ram {
+        fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+            let start = usize::try_from(at.0).unwrap();
+            let found = self.0.get(start..start.saturating_add(into.len()));
+            into.copy_from_slice(found.ok_or(MemoryError::NotBacked {
+                at,
+                len: into.len(),
+            })?);
+            Ok(())
+        }
+
+        fn ram(&self) -> Vec<GpaRange> {
+            vec![GpaRange {
+                start: Gpa(0),
+                end: Gpa(1 << 20),
+            }]
+        }
+    }
+
+    const IDT: Gva = Gva(0xffff_ffff_ffe0_0000);
+    const HANDLER: Gva = Gva(0xffff_ffff_ffe0_1230);
+
+    fn vcpu(index: u32, cr3: u64) -> Vcpu {
+        Vcpu {
+            index,
+            activity: Activity::Running,
+            general: [0; 16],
+            rip: Gva(0),
+            rflags: 2,
+            cs: 0x33,
+            ss: 0x2b,
+            cpl: 3,
+            fs_base: Gva(0),
+            gs_base: Gva(0),
+            kernel_gs_base: None,
+            cr0: CR0_PAGING,
+            cr2: 0,
+            cr3,
+            cr4: 0,
+            efer: EFER_LONG_MODE_ACTIVE,
+            idt_base: IDT,
+            gdt_base: Gva(0),
+            tss_base: Gva(0),
+            lstar: None,
+            smm: false,
+            nested_guest: false,
+        }
+    }
+
+    /// Two KPTI pairs of roots at 0x2000 and 0x4000, all mapping the IDT and the handler.
+    fn guest() -> Ram {
+        let handler = HANDLER.0;
+        let gate = [
+            (handler & 0xffff) | (handler >> 16 & 0xffff) << 48,
+            handler >> 32,
+        ];
+        let mut words = vec![
+            (0x1_0000 + 511 * 8, 0x1_1001),
+            (0x1_1000 + 511 * 8, 0x1_2001),
+        ];
+        words.extend([(0x1_2000, 0x2_0001), (0x1_2008, 0x2_1001)]);
+        words.extend([(0x2_00e0, gate[0]), (0x2_00e8, gate[1])]);
+        words.extend([0x2000, 0x3000, 0x4000, 0x5000].map(|root| (root + 511 * 8, 0x1_0001)));
+        Ram::new(&words)
+    }
+
+    #[test]
+    fn vcpus_in_user_mode_under_kpti_lead_to_the_kernel_half() {
+        let vcpus = [vcpu(0, 0x3801), vcpu(1, 0x4002)];
+        let found = find(&guest(), &vcpus).unwrap();
+        assert_eq!((found.page_fault, found.space.root), (HANDLER, Gpa(0x2000)));
+    }
+
+    #[test]
+    fn a_vcpu_that_was_not_started_has_no_say() {
+        let idle = Vcpu {
+            activity: Activity::WaitingForSipi,
+            cr0: 0,
+            ..vcpu(1, 0)
+        };
+        assert!(find(&guest(), &[vcpu(0, 0x2000), idle]).is_ok());
+        assert!(matches!(
+            find(&guest(), &[idle]),
+            Err(AttachError::NoKernel(_))
+        ));
+    }
+
+    #[test]
+    fn every_vcpu_in_another_world_is_named() {
+        let vcpus = [
+            vcpu(0, 0x2000),
+            Vcpu {
+                smm: true,
+                ..vcpu(1, 0x2000)
+            },
+            Vcpu {
+                cr0: 0,
+                ..vcpu(2, 0x2000)
+            },
+            Vcpu {
+                idt_base: Gva(0x5000),
+                ..vcpu(3, 0x2000)
+            },
+        ];
+        let why = find(&guest(), &vcpus).unwrap_err().to_string();
+        for part in [
+            "vCPU 1: in system-management",
+            "vCPU 2: not in long",
+            "vCPU 3: its interrupt",
+        ] {
+            assert!(why.contains(part), "{why}");
+        }
+        assert!(!why.contains("vCPU 0"), "{why}");
+    }
 }

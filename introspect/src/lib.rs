@@ -10,6 +10,11 @@ pub mod address;
 pub mod dump;
 pub mod features;
 mod find;
+#[cfg(any(test, fuzzing))]
+mod flat;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod identity;
 mod image;
 pub mod kernel;

@@ -1,6 +1,8 @@
 //! Stacks of sleeping tasks equal the guest's own `/proc/*/task/*/stack`, and every stack of a stopped
 //! guest is understood to its end.
 
+#![allow(clippy::unwrap_used, reason = "only tests are here")]
+
 mod common;
 
 use std::collections::BTreeMap;

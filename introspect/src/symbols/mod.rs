@@ -1,6 +1,8 @@
 //! Symbols by name and by address. Filled from kallsyms in guest RAM ([`kallsyms`]), or for a module
 //! from its own table. Owns lookup; knows nothing of how tables are stored.
 
+#[cfg(test)]
+mod golden;
 pub(crate) mod kallsyms;
 mod names;
 pub(crate) mod tables;

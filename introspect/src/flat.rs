@@ -1,0 +1,96 @@
+//! Bytes of the kernel image as a tiny guest: page tables by hand and one mapping of 2 MiB pages. For
+//! tests and fuzz targets, which want memory and not a machine.
+
+use crate::address::{Gpa, GpaRange, Gva, GvaRange};
+use crate::paging::{AddressSpace, KernelMemory};
+use crate::target::{MemoryError, PhysicalMemory};
+
+/// Where the bytes are mapped.
+pub(crate) const BASE: Gva = Gva(0xffff_ffff_8100_0000);
+/// Where they lie.
+const DATA: u64 = 2 << 20;
+const PAGE: usize = 2 << 20;
+/// The tables come first: root, third and second level.
+const TABLES: u64 = 0x1000;
+const PRESENT: u64 = 1;
+const LARGE: u64 = 1 << 7;
+
+/// The tiny guest.
+#[derive(Debug)]
+pub(crate) struct Flat {
+    ram: Vec<u8>,
+    len: u64,
+}
+
+impl Flat {
+    /// A guest that has `bytes` at [`BASE`], zeros to the end of the page after them, and no more than
+    /// 512 such pages.
+    pub(crate) fn new(bytes: &[u8]) -> Self {
+        let start = DATA as usize;
+        let mut ram = vec![0; start + bytes.len().next_multiple_of(PAGE)];
+        for (to, from) in ram.iter_mut().skip(start).zip(bytes) {
+            *to = *from;
+        }
+        let mut flat = Self {
+            ram,
+            len: bytes.len() as u64,
+        };
+        let pages = (bytes.len().div_ceil(PAGE) as u64).min(504);
+        flat.set(TABLES + 511 * 8, (TABLES + 0x1000) | PRESENT);
+        flat.set(TABLES + 0x1000 + 510 * 8, (TABLES + 0x2000) | PRESENT);
+        for page in 0..pages {
+            let entry = (DATA + page * PAGE as u64) | PRESENT | LARGE;
+            flat.set(TABLES + 0x2000 + (8 + page) * 8, entry);
+        }
+        flat
+    }
+
+    fn set(&mut self, at: u64, word: u64) {
+        for (to, from) in self
+            .ram
+            .iter_mut()
+            .skip(at as usize)
+            .zip(word.to_le_bytes())
+        {
+            *to = from;
+        }
+    }
+
+    /// The bytes, as a range of addresses.
+    pub(crate) fn range(&self) -> GvaRange {
+        GvaRange {
+            start: BASE,
+            end: BASE.wrapping_add(self.len),
+        }
+    }
+
+    /// The guest's memory through its tables.
+    pub(crate) fn memory(&self) -> KernelMemory<'_> {
+        KernelMemory::new(
+            self,
+            AddressSpace {
+                root: Gpa(TABLES),
+                five_level: false,
+            },
+        )
+    }
+}
+
+impl PhysicalMemory for Flat {
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        let start = usize::try_from(at.0).ok();
+        let found = start.and_then(|start| self.ram.get(start..start.checked_add(into.len())?));
+        into.copy_from_slice(found.ok_or(MemoryError::NotBacked {
+            at,
+            len: into.len(),
+        })?);
+        Ok(())
+    }
+
+    fn ram(&self) -> Vec<GpaRange> {
+        vec![GpaRange {
+            start: Gpa(0),
+            end: Gpa(self.ram.len() as u64),
+        }]
+    }
+}

@@ -1,0 +1,80 @@
+//! Ways in for fuzz targets: each takes hostile bytes and must neither panic nor run without bound. Not
+//! part of the interface.
+
+use crate::address::{Gpa, GpaRange, Gva};
+use crate::flat::{BASE, Flat};
+use crate::paging::{AddressSpace, KernelMemory};
+use crate::symbols::kallsyms::{self, Evidence};
+use crate::target::{MemoryError, PhysicalMemory};
+use crate::types::Types;
+
+/// Bytes as the read-only data of a kernel: searched for kallsyms.
+pub fn kallsyms(bytes: &[u8]) {
+    let flat = Flat::new(bytes);
+    let evidence = Evidence {
+        anchors: vec![("_text", BASE)],
+    };
+    let _ = kallsyms::read(&flat.memory(), &[flat.range()], &evidence);
+}
+
+/// Bytes as BTF.
+pub fn btf(bytes: &[u8]) {
+    let Ok(types) = Types::from_btf(bytes.to_vec()) else {
+        return;
+    };
+    for path in ["tasks", "thread.sp", "a.b.c", ""] {
+        let _ = types.member("task_struct", path);
+    }
+    let _ = (types.size_of("task_struct"), types.enumerator("MOD_TEXT"));
+}
+
+/// Bytes as RAM from zero: the first word is the root of the tables, the second an address.
+pub fn page_walk(bytes: &[u8]) {
+    let ram = Ram(bytes);
+    let word = |at| ram.read_u64(Gpa(at)).unwrap_or(0);
+    let (root, at) = (word(0), Gva(word(8)));
+    for five_level in [false, true] {
+        let space = AddressSpace {
+            root: Gpa(root),
+            five_level,
+        };
+        let _ = space.translate(&ram, at);
+        let _ = space.hole(&ram, at);
+        let _ = KernelMemory::new(&ram, space).read(at, &mut [0; 8192]);
+    }
+}
+
+struct Ram<'a>(&'a [u8]);
+
+impl PhysicalMemory for Ram<'_> {
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        let start = usize::try_from(at.0).ok();
+        let found = start.and_then(|start| self.0.get(start..start.checked_add(into.len())?));
+        into.copy_from_slice(found.ok_or(MemoryError::NotBacked {
+            at,
+            len: into.len(),
+        })?);
+        Ok(())
+    }
+
+    fn ram(&self) -> Vec<GpaRange> {
+        vec![GpaRange {
+            start: Gpa(0),
+            end: Gpa(self.0.len() as u64),
+        }]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..4096)) {
+            super::kallsyms(&bytes);
+            super::btf(&bytes);
+            super::page_walk(&bytes);
+        }
+    }
+}
