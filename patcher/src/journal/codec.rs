@@ -158,12 +158,8 @@ fn parse(rest: &[u8], at: usize, index: u32) -> Result<Step, CodecError> {
     else {
         return Ok(Step::Torn);
     };
-    // A crash may leave the file longer than what reached the disk; the gap then reads as zeroes.
-    if rest.iter().all(|&byte| byte == 0) {
-        return Ok(Step::Torn);
-    }
     if head != head_crc(index, length, crc) {
-        return Err(damaged("checksum of a record's head"));
+        return unless_blank(rest.get(HEAD..), damaged("checksum of a record's head"));
     }
     let size = usize::try_from(length).unwrap_or(usize::MAX);
     if size > MAX_BODY {
@@ -173,12 +169,8 @@ fn parse(rest: &[u8], at: usize, index: u32) -> Result<Step, CodecError> {
         return Ok(Step::Torn);
     };
     if crc32fast::hash(body) != crc {
-        let cut_short = body.ends_with(&[0]) && rest.len() == HEAD + size;
-        return if cut_short {
-            Ok(Step::Torn)
-        } else {
-            Err(damaged("checksum of a record"))
-        };
+        let last = body.len().saturating_sub(1);
+        return unless_blank(rest.get(HEAD + last..), damaged("checksum of a record"));
     }
     match postcard::take_from_bytes(body) {
         Ok((record, [])) => Ok(Step::Record {
@@ -187,6 +179,14 @@ fn parse(rest: &[u8], at: usize, index: u32) -> Result<Step, CodecError> {
         }),
         Ok(_) => Err(damaged("record longer than its content")),
         Err(_) => Err(damaged("record that cannot be decoded")),
+    }
+}
+
+/// A crash may leave the file longer than what reached the disk; the gap then reads as zeroes.
+fn unless_blank(tail: Option<&[u8]>, damage: CodecError) -> Result<Step, CodecError> {
+    match tail.unwrap_or_default().iter().all(|&byte| byte == 0) {
+        true => Ok(Step::Torn),
+        false => Err(damage),
     }
 }
 

@@ -61,14 +61,12 @@ impl Folder {
     /// # Errors
     /// [`FolderError::Io`].
     pub fn create(path: &Path) -> Result<Self, FolderError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(|why| FolderError::Io {
+        if !path.is_dir() {
+            make_folder(path).map_err(|why| FolderError::Io {
                 path: path.to_owned(),
                 why,
             })?;
+        }
         Ok(Self::at(path))
     }
 
@@ -119,12 +117,7 @@ impl Folder {
         let unfinished = path.with_extension(UNFINISHED.trim_start_matches('.'));
         self.at_path(&unfinished, |unfinished| replace(unfinished, &bytes))?;
         self.at_path(&path, |path| fs::rename(&unfinished, path))?;
-        self.at_path(&self.path, sync_folder)?;
-        // The folder itself may be new: its name must be as durable as what is in it.
-        match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => self.at_path(parent, sync_folder),
-            _ => Ok(()),
-        }
+        self.at_path(&self.path, sync_folder)
     }
 
     /// Adds the ending of a change, durably, over whatever torn record stood there.
@@ -204,6 +197,15 @@ fn number_of(name: &std::ffi::OsStr) -> Option<u64> {
     let digits = name.to_str()?.strip_suffix(SUFFIX)?;
     let own = digits.len() == 10 && digits.bytes().all(|byte| byte.is_ascii_digit());
     own.then(|| digits.parse().ok()).flatten()
+}
+
+/// The folder's own name must be as durable as what will be in it.
+fn make_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => sync_folder(parent),
+        _ => Ok(()),
+    }
 }
 
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {

@@ -11,6 +11,7 @@
 //!
 //! Invariant: no guest byte is written unless a durable intent holds its old and new value.
 
+mod bytes;
 pub mod codec;
 pub mod folder;
 pub mod history;
@@ -30,7 +31,7 @@ use crate::apply::change::Change;
 use crate::apply::observer::{Boundary, Observer};
 
 /// Closed changes that no longer bear on the guest are kept up to this many, for `status` and people.
-const KEEP: usize = 64;
+const KEEP: usize = 32;
 
 /// The journal of one VM, locked: no other vmpatch changes this VM while it lives.
 #[derive(Debug)]

@@ -34,8 +34,10 @@ pub struct ArenaEdit {
     /// Where, within the arena slot.
     pub at: Gpa,
     /// What was there. As long as `new`.
+    #[serde(with = "super::bytes")]
     pub old: Vec<u8>,
     /// What is to be there.
+    #[serde(with = "super::bytes")]
     pub new: Vec<u8>,
 }
 

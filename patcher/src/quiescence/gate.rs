@@ -79,7 +79,7 @@ fn examine_vcpu(vcpu: &Vcpu, stacks: &[Stack], ranges: &BusyRanges) -> Option<Fi
         return Some(Finding::VcpuInFunction {
             vcpu: vcpu.index,
             function: hit.function.to_owned(),
-            offset: hit.offset,
+            offset: hit.offset_of(vcpu.rip),
             at: vcpu.rip,
         });
     }
@@ -212,7 +212,7 @@ fn in_function(stack: &Stack, hit: Hit<'_>, at: Gva, evidence: Evidence) -> Box<
     Box::new(Finding::InFunction {
         who: Who::owns(stack),
         function: hit.function.to_owned(),
-        offset: hit.offset,
+        offset: hit.offset_of(at),
         at,
         evidence,
         unreliable: stack.trace.unreliable.clone(),

@@ -17,6 +17,7 @@ pub struct BusyRanges {
 #[derive(Clone, Debug)]
 struct Row {
     range: GvaRange,
+    base: Gva,
     /// The highest end of this row and all before it, so that a search knows when to give up.
     reach: Gva,
     function: String,
@@ -39,8 +40,16 @@ pub struct Hit<'a> {
     pub function: &'a str,
     /// What the range is.
     pub kind: RangeKind,
-    /// Bytes from the start of the range.
-    pub offset: u64,
+    /// Where the function, the part of it or the rewritten place begins.
+    pub base: Gva,
+}
+
+impl Hit<'_> {
+    /// How far `at` lies from there, as stack traces of the kernel have it: the return address itself.
+    #[must_use]
+    pub const fn offset_of(&self, at: Gva) -> u64 {
+        at.0.saturating_sub(self.base.0)
+    }
 }
 
 impl BusyRanges {
@@ -49,6 +58,7 @@ impl BusyRanges {
     pub fn new<'a>(busy: impl Iterator<Item = &'a BusyRange>, sites: &'a [SiteRecord]) -> Self {
         let code = busy.map(|busy| Row {
             range: busy.range,
+            base: busy.range.start,
             reach: busy.range.end,
             function: busy.function.clone(),
             kind: RangeKind::Code(busy.kind),
@@ -59,6 +69,7 @@ impl BusyRanges {
                 start: site.covered.start.wrapping_add(1),
                 end: site.covered.end,
             },
+            base: site.covered.start,
             reach: site.covered.end,
             function: site.function.clone(),
             kind: RangeKind::Covered,
@@ -132,7 +143,7 @@ impl BusyRanges {
             .map(|row| Hit {
                 function: &row.function,
                 kind: row.kind,
-                offset: at.0.saturating_sub(row.range.start.0),
+                base: row.base,
             })
     }
 }
@@ -171,7 +182,8 @@ mod tests {
         let rows = [busy(0x100, 0x140, "f")];
         let ranges = BusyRanges::new(rows.iter(), &[]);
         assert!(ranges.holding(Gva(0x140)).is_none());
-        assert_eq!(ranges.holding(Gva(0x13f)).unwrap().offset, 0x3f);
+        let hit = ranges.holding(Gva(0x13f)).unwrap();
+        assert_eq!(hit.offset_of(Gva(0x140)), 0x40);
         assert!(ranges.touched_by(0x140).is_some());
         assert!(ranges.touched_by(0x141).is_none());
         assert!(ranges.touched_by(0xff).is_none());

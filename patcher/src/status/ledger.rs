@@ -56,11 +56,12 @@ impl Ledger {
     /// [`JournalError`]; nothing was written to the guest.
     pub fn open(folder: &Path, vm: &dyn Target, boot: &str) -> Result<Self, JournalError> {
         let journal = Journal::open(folder)?;
-        let interrupted = match settle::judge(&journal.entries()?, boot, vm) {
-            Some((number, open)) => Some(settle::record(&journal, number, open)?),
-            None => None,
-        };
-        let entries = journal.entries()?;
+        let mut entries = journal.entries()?;
+        let mut interrupted = None;
+        if let Some((number, open)) = settle::judge(&entries, boot, vm) {
+            interrupted = Some(settle::record(&journal, number, open)?);
+            entries = journal.entries()?;
+        }
         let (manifest, manifest_trouble) = read_manifest(vm);
         let known = Known::judge(manifest.as_ref(), &entries, boot, vm);
         let boot = boot.to_owned();

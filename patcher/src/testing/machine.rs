@@ -141,17 +141,13 @@ impl Machine {
 
     /// All bytes there are: RAM, then slot.
     pub fn image(&self) -> Rc<[u8]> {
-        self.ram
-            .borrow()
-            .iter()
-            .chain(self.slot.borrow().iter())
-            .copied()
-            .collect()
+        let both = [&self.ram.borrow()[..], &self.slot.borrow()[..]];
+        both.concat().into()
     }
 
     /// The bytes of the RAM alone.
     pub fn ram_image(&self) -> Rc<[u8]> {
-        self.ram.borrow().iter().copied().collect()
+        self.ram.borrow()[..].into()
     }
 
     fn strikes(&self, matches: impl Fn(&Fault) -> bool) -> Option<Fault> {

@@ -1,0 +1,439 @@
+//! The invariants of a change, one after the other, against the machine of plain bytes.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use common::Bench;
+use vmpatch_introspect::target::{ResumeError, StopError, WriteError};
+use vmpatch_introspect::{Gpa, PhysicalMemory};
+use vmpatch_patcher::apply::{
+    Boundary, Change, Failure, FailureKind, Observer, PlaceError, Schedule, Setback, Unobserved,
+};
+use vmpatch_patcher::journal::{Ending, Folder, history};
+use vmpatch_patcher::quiescence::Finding;
+use vmpatch_patcher::status::{State, Verdict};
+use vmpatch_patcher::testing::guest::sleeping;
+use vmpatch_patcher::testing::sample::{self, FIRST, SECOND};
+use vmpatch_patcher::testing::{Fault, ScriptedGuest, WriteSeen};
+
+/// Whether the one open intent on the disk holds old and new value of a write, or, for an undo, the same
+/// the other way round.
+fn covered_by_an_open_intent(folder: &Folder, seen: &WriteSeen) -> bool {
+    let entries = folder.entries().unwrap();
+    let Some((_, begun)) = history::open(&entries) else {
+        return false;
+    };
+    let (old, new) = if seen.undo {
+        (&seen.new, &seen.old)
+    } else {
+        (&seen.old, &seen.new)
+    };
+    let edit = begun
+        .edits
+        .iter()
+        .any(|it| it.at == seen.at && it.old == *old && it.new == *new);
+    let arena = begun.arena.iter().any(|it| {
+        it.at == seen.at && (it.old == *old && it.new == *new || it.old == *new && it.new == *old)
+    });
+    edit || arena
+}
+
+#[test]
+fn no_guest_byte_is_written_unless_a_durable_intent_holds_its_old_and_new_value() {
+    let bench = Bench::new();
+    let folder = Folder::at(bench.folder.path());
+    let uncovered = Rc::new(RefCell::new(Vec::new()));
+    let found = uncovered.clone();
+    bench.machine.watch(move |seen| {
+        if !covered_by_an_open_intent(&folder, seen) {
+            found.borrow_mut().push(seen.clone());
+        }
+    });
+    bench.machine.inject(Fault::ReadBack(1));
+    bench.apply("a").unwrap_err();
+    bench.apply("a").unwrap();
+    bench.rollback("a").unwrap();
+    assert_eq!(*uncovered.borrow(), []);
+    let writes = bench.machine.writes();
+    assert!(
+        writes.iter().any(|seen| seen.undo),
+        "the failed attempt undid something"
+    );
+    assert!(writes.len() > 10, "{} writes", writes.len());
+}
+
+#[test]
+fn without_an_intent_on_the_disk_nothing_is_written() {
+    let bench = Bench::new();
+    let change = Change::apply(&sample::verified(&bench.machine, "a"), &bench.machine).unwrap();
+    let ledger = bench.ledger();
+    std::fs::remove_dir_all(bench.folder.path()).unwrap();
+    let refused = bench.make(ledger, change, &Unobserved).unwrap_err();
+    assert!(matches!(refused, Failure::Journal(_)), "{refused}");
+    assert_eq!(bench.machine.writes(), []);
+    assert_eq!(bench.machine.stops(), 0);
+}
+
+/// Every fault after which the guest is certain to be as before.
+const HARMLESS: [Fault; 10] = [
+    Fault::StopDeadline,
+    Fault::StopUnreachable,
+    Fault::ArenaUnreachable,
+    Fault::ArenaReadBack,
+    Fault::ReadBack(0),
+    Fault::ReadBack(1),
+    Fault::ReadBack(2),
+    Fault::LeaseAtWrite,
+    Fault::LeaseAtResume,
+    Fault::UnreachableAtWrite,
+];
+
+#[test]
+fn a_failure_at_any_step_leaves_every_byte_as_it_was_and_the_machine_running() {
+    for fault in HARMLESS {
+        let bench = Bench::new();
+        let before = bench.machine.image();
+        bench.machine.inject(fault);
+        let failure = bench.apply("a").unwrap_err();
+        assert!(bench.machine.is_running(), "{fault:?}");
+        if failure.guest_unchanged() {
+            assert!(bench.machine.image() == before, "{fault:?}");
+        } else {
+            assert!(bench.machine.ram_image()[..] == before[..bench.machine.ram_image().len()]);
+        }
+        assert!(!bench.report().needs_attention(), "{fault:?}");
+        bench
+            .apply("a")
+            .unwrap_or_else(|why| panic!("after {fault:?}: {why}"));
+        assert_eq!(bench.state("a"), Some(State::Applied), "{fault:?}");
+    }
+}
+
+#[test]
+fn a_failure_at_any_step_of_a_rollback_leaves_the_patch_applied() {
+    for fault in HARMLESS {
+        if matches!(
+            fault,
+            Fault::ArenaUnreachable | Fault::ArenaReadBack | Fault::ReadBack(2)
+        ) {
+            continue; // a rollback writes nothing to the arena and has two edits
+        }
+        let bench = Bench::new();
+        bench.apply("a").unwrap();
+        let before = bench.machine.image();
+        bench.machine.inject(fault);
+        bench.rollback("a").unwrap_err();
+        assert!(bench.machine.is_running(), "{fault:?}");
+        assert!(bench.machine.image() == before, "{fault:?}");
+        assert_eq!(bench.state("a"), Some(State::Applied), "{fault:?}");
+        bench.rollback("a").unwrap();
+    }
+}
+
+#[test]
+fn if_the_undo_fails_the_vm_stays_stopped_and_the_intent_stays_open() {
+    let bench = Bench::new();
+    bench.machine.inject(Fault::UndoFailed(1));
+    let failure = bench.apply("a").unwrap_err();
+    assert!(
+        matches!(failure, Failure::Write(WriteError::UndoFailed { .. })),
+        "{failure}"
+    );
+    assert!(!bench.machine.is_running());
+    let report = bench.report();
+    let interrupted = report.interrupted.clone().unwrap();
+    assert_eq!(
+        (interrupted.verdict, interrupted.recorded),
+        (Verdict::Unsettled, false)
+    );
+    assert!(report.needs_attention());
+    assert!(bench.ledger().admit("a", "a-digest").is_err());
+}
+
+#[test]
+fn an_answer_lost_at_resume_is_found_out_by_the_next_status() {
+    let bench = Bench::new();
+    bench.machine.inject(Fault::AnswerLostAtResume);
+    let failure = bench.apply("a").unwrap_err();
+    assert!(
+        matches!(failure, Failure::Resume(ResumeError::Unreachable(_))),
+        "{failure}"
+    );
+    assert_eq!(failure.kind(), FailureKind::Unreachable);
+    let interrupted = bench.report().interrupted.unwrap();
+    assert_eq!(
+        (interrupted.verdict, interrupted.recorded),
+        (Verdict::InPlace, true)
+    );
+    assert_eq!(bench.state("a"), Some(State::Applied));
+    bench.rollback("a").unwrap();
+}
+
+#[test]
+fn a_resume_that_never_came_is_found_out_by_the_next_status() {
+    let bench = Bench::new();
+    let text = bench.text();
+    bench.machine.inject(Fault::UnreachableAtResume);
+    bench.apply("a").unwrap_err();
+    let interrupted = bench.report().interrupted.unwrap();
+    assert_eq!(
+        (interrupted.verdict, interrupted.recorded),
+        (Verdict::NotWritten, true)
+    );
+    assert!(bench.text() == text);
+    assert_eq!(bench.report().interrupted, None);
+}
+
+#[test]
+fn a_place_that_changed_since_it_was_verified_is_refused_and_nothing_written() {
+    let bench = Bench::new();
+    let change = Change::apply(&sample::verified(&bench.machine, "a"), &bench.machine).unwrap();
+    bench
+        .machine
+        .set(Gpa(SECOND.0 + 5 - sample::TEXT.0), &[0xcc]);
+    let before = bench.machine.image();
+    let failure = bench.make(bench.ledger(), change, &Unobserved).unwrap_err();
+    assert!(
+        matches!(failure, Failure::Write(WriteError::Differs { .. })),
+        "{failure}"
+    );
+    assert_eq!(failure.kind(), FailureKind::Refused);
+    assert!(bench.machine.image() == before);
+    assert!(bench.machine.is_running());
+}
+
+#[test]
+fn an_arena_that_changed_since_it_was_looked_at_is_refused_and_nothing_written() {
+    let bench = Bench::new();
+    let change = Change::apply(&sample::verified(&bench.machine, "a"), &bench.machine).unwrap();
+    bench.machine.set(change.arena().last().unwrap().at, &[1]);
+    let failure = bench.make(bench.ledger(), change, &Unobserved).unwrap_err();
+    assert!(
+        matches!(failure, Failure::Place(PlaceError::Changed { .. })),
+        "{failure}"
+    );
+    assert_eq!(bench.machine.stops(), 0);
+}
+
+#[test]
+fn a_busy_guest_is_left_byte_for_byte_as_it_was_and_the_task_is_named() {
+    let mut bench = Bench::new();
+    bench.guest = ScriptedGuest::with(vec![sleeping("parked", 77, &[FIRST.0 + 0x20])]);
+    let before = bench.machine.image();
+    let failure = bench.apply("a").unwrap_err();
+    let Failure::Busy { busy, attempts } = &failure else {
+        panic!("{failure}")
+    };
+    assert_eq!(*attempts, 1);
+    assert!(bench.machine.image() == before);
+    assert!(bench.machine.is_running());
+    assert_eq!(failure.kind(), FailureKind::Busy);
+    let said = busy.to_string();
+    assert_eq!(said, "parked (pid 77) is in first+0x20 (frame 0)");
+    assert!(matches!(
+        bench.entries()[0].transcript.ending,
+        Some(Ending::Abandoned { .. })
+    ));
+}
+
+#[test]
+fn a_rollback_is_gated_on_the_new_functions_and_not_on_the_old() {
+    let mut bench = Bench::new();
+    bench.apply("a").unwrap();
+    let new = sample::manifest(&bench.machine).patches[0]
+        .busy_for_rollback()
+        .next()
+        .unwrap()
+        .range;
+    bench.guest = ScriptedGuest::with(vec![sleeping("late", 5, &[new.start.0 + 9])]);
+    let before = bench.machine.image();
+    let failure = bench.rollback("a").unwrap_err();
+    let Failure::Busy { busy, .. } = failure else {
+        panic!("{failure}")
+    };
+    assert!(
+        matches!(&busy.findings[0], Finding::InFunction { offset: 9, .. }),
+        "{busy}"
+    );
+    assert!(bench.machine.image() == before);
+    bench.guest = ScriptedGuest::with(vec![sleeping("old", 5, &[FIRST.0 + 0x20])]);
+    bench.rollback("a").unwrap();
+}
+
+#[test]
+fn rollback_is_an_apply_with_the_edits_reversed_through_the_same_code() {
+    let bench = Bench::new();
+    let text = bench.text();
+    bench.apply("a").unwrap();
+    let applied = bench.machine.writes();
+    assert!(bench.text() != text);
+    bench.rollback("a").unwrap();
+    assert!(bench.text() == text);
+    let rolled_back = bench.machine.writes()[applied.len()..].to_vec();
+    assert_eq!(
+        rolled_back.len(),
+        2,
+        "the two sites, and nothing in the arena"
+    );
+    for back in &rolled_back {
+        let there =
+            |seen: &&WriteSeen| seen.at == back.at && seen.old == back.new && seen.new == back.old;
+        assert_eq!(applied.iter().filter(there).count(), 1);
+    }
+}
+
+#[test]
+fn arena_pages_are_never_used_again_within_one_boot() {
+    let bench = Bench::new();
+    bench.apply("a").unwrap();
+    bench.rollback("a").unwrap();
+    bench.apply("a").unwrap();
+    let manifest = sample::manifest(&bench.machine);
+    let pages: Vec<_> = manifest
+        .patches
+        .iter()
+        .map(|patch| patch.extents[0].page)
+        .collect();
+    assert_eq!(pages.len(), 2);
+    assert_ne!(pages[0], pages[1]);
+}
+
+#[test]
+fn many_cycles_leave_the_text_as_it_was_and_the_journal_small() {
+    let bench = Bench::new();
+    let text = bench.text();
+    for _ in 0..60 {
+        bench.apply("a").unwrap();
+        bench.rollback("a").unwrap();
+    }
+    assert!(bench.text() == text);
+    assert_eq!(bench.state("a"), Some(State::NotApplied));
+    assert!(
+        bench.entries().len() < 40,
+        "closed changes are forgotten in time"
+    );
+}
+
+#[test]
+fn all_work_that_can_be_done_while_the_guest_runs_is_done_while_it_runs() {
+    struct InStop<'a>(&'a Bench, RefCell<Vec<usize>>);
+    impl Observer for InStop<'_> {
+        fn boundary(&self, at: Boundary) {
+            let running = self.0.machine.is_running();
+            assert_eq!(
+                running,
+                !(Boundary::Stopped..=Boundary::Written).contains(&at),
+                "{at:?}"
+            );
+            self.1.borrow_mut().push(self.0.machine.writes().len());
+        }
+    }
+    let bench = Bench::new();
+    let watch = InStop(&bench, RefCell::default());
+    bench.apply_watched("a", &watch).unwrap();
+    // begun, placed, stopped, checked, written, resumed, committed
+    let writes = watch.1.into_inner();
+    assert_eq!(writes, [0, 2, 2, 2, 5, 5, 5]);
+}
+
+#[derive(Default)]
+struct Setbacks(RefCell<Vec<(u32, String)>>);
+
+impl Observer for Setbacks {
+    fn retrying(&self, attempt: u32, why: &Setback<'_>, _pause: Duration) {
+        let why = match why {
+            Setback::Busy(busy) => busy.to_string(),
+            Setback::Machine(why) => why.to_string(),
+        };
+        self.0.borrow_mut().push((attempt, why));
+    }
+}
+
+fn quick(timeout: Duration) -> Schedule {
+    Schedule {
+        first: Duration::from_micros(10),
+        longest: Duration::from_micros(10),
+        timeout,
+    }
+}
+
+#[test]
+fn a_guest_that_was_busy_is_tried_again_in_a_stop_of_its_own() {
+    let mut bench = Bench::new();
+    let parked = || vec![sleeping("parked", 77, &[FIRST.0 + 0x20])];
+    bench.guest = ScriptedGuest::with_each(vec![parked(), parked(), Vec::new()]);
+    bench.schedule = quick(Duration::from_secs(60));
+    let setbacks = Setbacks::default();
+    let attempted = bench.apply_watched("a", &setbacks).unwrap();
+    assert_eq!(attempted.attempts, 3);
+    assert_eq!(bench.machine.stops(), 3);
+    let told = setbacks.0.into_inner();
+    assert_eq!(
+        told.iter().map(|(attempt, _)| *attempt).collect::<Vec<_>>(),
+        [1, 2]
+    );
+    assert!(told[0].1.contains("parked (pid 77)"), "{}", told[0].1);
+}
+
+#[test]
+fn a_vcpu_that_was_late_and_a_lease_that_ran_out_are_tried_again() {
+    let mut bench = Bench::new();
+    bench.schedule = quick(Duration::from_secs(60));
+    for fault in [
+        Fault::StopDeadline,
+        Fault::LeaseAtWrite,
+        Fault::LeaseAtResume,
+    ] {
+        bench.machine.inject(fault);
+    }
+    assert_eq!(bench.apply("a").unwrap().attempts, 4);
+}
+
+#[test]
+fn a_machine_that_is_gone_is_not_tried_again() {
+    let mut bench = Bench::new();
+    bench.schedule = quick(Duration::from_secs(60));
+    bench.machine.inject(Fault::StopUnreachable);
+    let failure = bench.apply("a").unwrap_err();
+    assert!(
+        matches!(failure, Failure::Stop(StopError::Unreachable(_))),
+        "{failure}"
+    );
+    assert_eq!(failure.kind(), FailureKind::Unreachable);
+}
+
+#[test]
+fn a_guest_that_booted_anew_is_refused() {
+    let bench = Bench::new();
+    bench.guest.reboot();
+    let before = bench.machine.image();
+    let failure = bench.apply("a").unwrap_err();
+    assert!(matches!(failure, Failure::OtherBoot), "{failure}");
+    assert_eq!(failure.kind(), FailureKind::Refused);
+    assert!(bench.machine.image() == before);
+}
+
+#[test]
+fn a_guest_whose_tasks_cannot_be_read_is_refused() {
+    let bench = Bench::new();
+    bench.guest.lose_tasks();
+    let failure = bench.apply("a").unwrap_err();
+    assert!(matches!(failure, Failure::Unknown(_)), "{failure}");
+    assert!(bench.machine.is_running());
+}
+
+#[test]
+fn what_is_read_back_is_what_the_change_says() {
+    let bench = Bench::new();
+    let verified = sample::verified(&bench.machine, "a");
+    bench.apply("a").unwrap();
+    for edit in verified.batch() {
+        let mut now = vec![0; edit.new.len()];
+        bench.machine.read(edit.at, &mut now).unwrap();
+        assert_eq!(now, edit.new);
+    }
+}
