@@ -11,7 +11,7 @@ pub fn standing<'a>(entries: &'a [Entry], boot: &str) -> Vec<(u64, &'a Begun)> {
         match begun.operation {
             Operation::Apply => standing.push((number, begun)),
             Operation::Rollback => {
-                standing.retain(|(_, other)| other.patch.name != begun.patch.name)
+                standing.retain(|(_, other)| other.patch.name != begun.patch.name);
             }
         }
     }
