@@ -277,6 +277,16 @@ mod tests {
     }
 
     #[test]
+    fn an_fwait_that_kvm_cannot_emulate_is_helped_over() {
+        // fwait; then power-off as above.
+        let code = [
+            0x9b, 0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x01, 0x34, 0x66, 0xef, 0xf4,
+        ];
+        let Some(finished) = run(&code) else { return };
+        assert_eq!(finished.outcome, Outcome::PowerOff, "{finished}");
+    }
+
+    #[test]
     fn a_vcpu_reaches_the_arena_where_the_layout_puts_it() {
         if Host::open().is_err() {
             return eprintln!("skipped: no /dev/kvm");

@@ -173,7 +173,7 @@ impl Runner {
         };
         let suberror = exit::internal_suberror(&mut self.fd);
         let code = self.code();
-        if self.shared.options.assist_int3 && assist::breakpoint(&self.fd, suberror, &code) {
+        if self.shared.options.assist_int3 && assist::help(&self.fd, suberror, &code) {
             return Ok(Turned::Served);
         }
         Err(self.crash(Fault::Internal { suberror }))
