@@ -194,11 +194,13 @@ impl Gate {
         post.left_guest.store(self.nanoseconds(), Ordering::SeqCst);
     }
 
-    /// The vCPU stands for `wish` with these registers until the wish changes.
-    pub(super) fn stand(&self, post: &Post, wish: Wish, registers: Vcpu) {
+    /// The vCPU stands for `wish` with these registers until the wish changes. `meanwhile` is done once the
+    /// asker knows.
+    pub(super) fn stand(&self, post: &Post, wish: Wish, registers: Vcpu, meanwhile: impl FnOnce()) {
         *post.registers() = Some(registers);
         post.stands_for.store(wish.0, Ordering::SeqCst);
         self.ring();
+        meanwhile();
         while self.wish() == wish {
             futex::wait(&self.wish, wish.0, None, Sharing::Private);
         }

@@ -1,12 +1,13 @@
-//! Getting a vCPU thread out of `KVM_RUN`: its `immediate_exit` byte and a realtime signal whose
-//! handler does nothing. Owns the signal number and the pointer into the shared `kvm_run` page.
+//! Getting a vCPU thread out of `KVM_RUN`, with its registers: its `immediate_exit` byte, its
+//! `kvm_valid_regs` mask and a realtime signal whose handler does nothing. Owns the signal number and the
+//! pointers into the shared `kvm_run` page.
 //!
 //! The byte makes the *next* `KVM_RUN` return at once, the signal ends the one under way; together they
 //! leave no gap (Linux Documentation/virt/kvm/api.rst, "immediate_exit").
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use kvm_ioctls::VcpuFd;
@@ -39,21 +40,29 @@ pub(super) struct Kicker(Mutex<Option<Armed>>);
 #[derive(Debug)]
 struct Armed {
     immediate_exit: *const AtomicU8,
+    valid_regs: *const AtomicU64,
+    /// What KVM shall store on exit; 0 where it cannot.
+    wanted_regs: u64,
     thread: libc::pthread_t,
 }
 
-// SAFETY: the pointer is only used as an atomic byte, and only between `arm` and `disarm`, while the
-// mapping it points into is kept by the vCPU thread.
+// SAFETY: the pointers are only used as atomics, and only between `arm` and `disarm`, while the mapping
+// they point into is kept by the vCPU thread.
 unsafe impl Send for Armed {}
 
 impl Kicker {
     /// Called by the vCPU thread itself, which keeps `vcpu` until it has called `disarm`.
-    pub(super) fn arm(&self, vcpu: &mut VcpuFd) {
-        let byte = &raw mut vcpu.get_kvm_run().immediate_exit;
+    /// `wanted_regs` is what KVM stores when a kick makes it leave the guest (KVM_SYNC_X86_*).
+    pub(super) fn arm(&self, vcpu: &mut VcpuFd, wanted_regs: u64) {
+        let run = vcpu.get_kvm_run();
+        let byte = &raw mut run.immediate_exit;
+        let mask = &raw mut run.kvm_valid_regs;
         // SAFETY: takes nothing and cannot fail.
         let thread = unsafe { libc::pthread_self() };
         *self.lock() = Some(Armed {
             immediate_exit: byte.cast_const().cast(),
+            valid_regs: mask.cast_const().cast(),
+            wanted_regs,
             thread,
         });
     }
@@ -67,16 +76,17 @@ impl Kicker {
     pub(super) fn kick(&self) {
         let armed = self.lock();
         if let Some(armed) = armed.as_ref() {
-            armed.byte().store(1, Ordering::SeqCst);
+            armed.ask(true);
             // SAFETY: the thread is alive: it takes this lock to disarm before it ends.
             unsafe { libc::pthread_kill(armed.thread, signal_number()) };
         }
     }
 
-    /// Sets or clears the byte without a signal: the vCPU thread's own use.
-    pub(super) fn set_immediate_exit(&self, exit: bool) {
+    /// Asks for the next `KVM_RUN` to return at once, or no longer, without a signal: the vCPU thread's
+    /// own use.
+    pub(super) fn ask(&self, exit: bool) {
         if let Some(armed) = self.lock().as_ref() {
-            armed.byte().store(u8::from(exit), Ordering::SeqCst);
+            armed.ask(exit);
         }
     }
 
@@ -86,6 +96,19 @@ impl Kicker {
 }
 
 impl Armed {
+    fn ask(&self, exit: bool) {
+        // The mask first: whoever sees the byte is to find the mask.
+        let mask = if exit { self.wanted_regs } else { 0 };
+        self.mask().store(mask, Ordering::SeqCst);
+        self.byte().store(u8::from(exit), Ordering::SeqCst);
+    }
+
+    fn mask(&self) -> &AtomicU64 {
+        // SAFETY: as for the byte below; the kernel reads the mask on its way out of KVM_RUN and takes any
+        // change of it (Linux arch/x86/kvm/x86.c, store_regs).
+        unsafe { &*self.valid_regs }
+    }
+
     fn byte(&self) -> &AtomicU8 {
         // SAFETY: it points to a byte of the mapped `kvm_run` page, which is kept until `disarm`, and
         // the kernel too treats the byte as one that any thread may change at any time.

@@ -52,8 +52,9 @@ pub(super) struct Core {
     pub(super) smm: bool,
 }
 
-/// Reads the multiprocessing state. Comes before all other reads: KVM delivers a pending INIT or start-up
-/// IPI here, which changes the registers (Linux arch/x86/kvm/x86.c, kvm_arch_vcpu_ioctl_get_mpstate).
+/// Reads the multiprocessing state. KVM delivers a pending INIT or start-up IPI here, which changes the
+/// registers (Linux arch/x86/kvm/x86.c, kvm_arch_vcpu_ioctl_get_mpstate): what was read before is then what
+/// the vCPU held when it left the guest, and a vCPU that waits has no use for either.
 pub(super) fn activity(vcpu: &VcpuFd) -> Result<Activity, Fault> {
     let state = vcpu
         .get_mp_state()

@@ -16,7 +16,7 @@
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS};
-use kvm_ioctls::{SyncReg, VcpuFd};
+use kvm_ioctls::VcpuFd;
 use vmpatch_introspect::address::Gpa;
 use vmpatch_introspect::target::PhysicalMemory;
 use vmpatch_introspect::vcpu::Vcpu;
@@ -42,14 +42,15 @@ pub(super) struct Runner {
     fd: VcpuFd,
     shared: Arc<Shared>,
     msrs: MsrReader,
-    /// Whether KVM stores all core registers by itself on exit (KVM_CAP_SYNC_REGS).
-    sync: bool,
+    /// What KVM can store by itself on exit (KVM_SYNC_X86_*): all core registers, or 0.
+    sync: u64,
 }
 
 impl Runner {
     pub(super) fn new(index: u32, fd: VcpuFd, shared: Arc<Shared>, sync_bits: i32) -> Self {
         let wanted = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
-        let sync = u32::try_from(sync_bits).is_ok_and(|bits| bits & wanted == wanted);
+        let can = u32::try_from(sync_bits).is_ok_and(|bits| bits & wanted == wanted);
+        let sync = if can { wanted.into() } else { 0 };
         let msrs = MsrReader::new();
         Self {
             index,
@@ -69,7 +70,7 @@ impl Runner {
         else {
             return;
         };
-        post.kicker.arm(&mut self.fd);
+        post.kicker.arm(&mut self.fd, self.sync);
         if let Err(outcome) = self.turns(post) {
             shared.finish(*outcome);
         }
@@ -78,15 +79,18 @@ impl Runner {
 
     /// Turns until the machine ends. `Ok` where somebody else ended it.
     fn turns(&mut self, post: &Post) -> Result<(), Box<Outcome>> {
+        let mut last = Turned::Served;
         loop {
             // Cleared before the wish is read: a kick after that sets it again.
-            post.kicker.set_immediate_exit(false);
+            post.kicker.ask(false);
             let wish = self.shared.gate.wish();
             match wish.kind() {
-                Kind::Run => {
-                    self.turn()?;
+                Kind::Run => last = self.turn()?,
+                Kind::Stop => {
+                    self.shared.gate.left_guest(post);
+                    self.stand(post, wish, last)?;
+                    last = Turned::Served;
                 }
-                Kind::Stop => self.stand(post, wish)?,
                 Kind::End => return Ok(()),
             }
         }
@@ -94,6 +98,7 @@ impl Runner {
 
     /// Enters the guest once.
     fn turn(&mut self) -> Result<Turned, Box<Outcome>> {
+        self.forget_stored();
         match exit::enter(&mut self.fd, &self.shared.bus) {
             Came::Back => Ok(Turned::Served),
             Came::Interrupted => Ok(Turned::Interrupted),
@@ -103,67 +108,73 @@ impl Runner {
         }
     }
 
-    fn stand(&mut self, post: &Post, wish: Wish) -> Result<(), Box<Outcome>> {
-        self.shared.gate.left_guest(post);
-        post.kicker.set_immediate_exit(true);
-        let Some(registers) = self.drain(wish)? else {
+    /// Stores the registers and stands until the wish changes. Comes back without where it changes before.
+    fn stand(&mut self, post: &Post, wish: Wish, last: Turned) -> Result<(), Box<Outcome>> {
+        let stored = self.stored().filter(|_| last == Turned::Interrupted);
+        let activity = registers::activity(&self.fd).map_err(|fault| self.crash(fault))?;
+        let core = match stored {
+            // The kick itself ended the last entry, so no I/O is pending.
+            Some(core) => Some(core),
+            None => self.drain(post, wish)?,
+        };
+        let Some(core) = core else {
             return Ok(());
         };
-        self.shared.gate.stand(post, wish, registers);
-        // EINVAL until the guest has a kvmclock (Linux arch/x86/kvm/x86.c, kvm_set_guest_paused);
-        // without one there is no watchdog of the guest's to tell either.
-        let _ = self.fd.kvmclock_ctrl();
+        let (msrs, fd) = (&mut self.msrs, &self.fd);
+        let vcpu = registers::vcpu(self.index, activity, &core, msrs, fd);
+        self.shared.gate.stand(post, wish, vcpu, || {
+            // Before the guest runs on, and while somebody else looks at it. EINVAL until it has a kvmclock
+            // (Linux arch/x86/kvm/x86.c, kvm_set_guest_paused); without one there is nothing to tell.
+            let _ = fd.kvmclock_ctrl();
+        });
         self.shared.gate.go(post);
         Ok(())
     }
 
     /// Completes pending I/O and reads the registers. `None` where the wish changed meanwhile, or the
     /// I/O went on and on: the vCPU does not stand then.
-    fn drain(&mut self, wish: Wish) -> Result<Option<Vcpu>, Box<Outcome>> {
-        let activity = registers::activity(&self.fd).map_err(|fault| self.crash(fault))?;
-        self.sync_registers(true);
+    fn drain(&mut self, post: &Post, wish: Wish) -> Result<Option<Core>, Box<Outcome>> {
+        post.kicker.ask(true);
         for _ in 0..DRAIN_ROUNDS {
             match self.turn()? {
-                Turned::Interrupted => {
-                    let core = self.core()?;
-                    self.sync_registers(false);
-                    let (msrs, fd) = (&mut self.msrs, &self.fd);
-                    let vcpu = registers::vcpu(self.index, activity, &core, msrs, fd);
-                    return Ok(Some(vcpu));
-                }
+                Turned::Interrupted => return self.core().map(Some),
                 Turned::Served if self.shared.gate.wish() != wish => break,
                 Turned::Served => {}
             }
         }
-        self.sync_registers(false);
         Ok(None)
     }
 
-    fn sync_registers(&mut self, on: bool) {
-        if !self.sync {
-            return;
-        }
-        for register in [SyncReg::Register, SyncReg::SystemRegister] {
-            if on {
-                self.fd.set_sync_valid_reg(register);
-            } else {
-                self.fd.clear_sync_valid_reg(register);
-            }
+    /// Registers after an interrupted `KVM_RUN`.
+    fn core(&mut self) -> Result<Core, Box<Outcome>> {
+        match self.stored() {
+            Some(core) => Ok(core),
+            None => registers::core(&mut self.fd).map_err(|fault| self.crash(fault)),
         }
     }
 
-    /// Registers after an interrupted `KVM_RUN`: already in the shared page where KVM stores them itself.
-    fn core(&mut self) -> Result<Core, Box<Outcome>> {
-        if !self.sync {
-            return registers::core(&mut self.fd).map_err(|fault| self.crash(fault));
+    /// The registers that KVM stored when it last left the guest, if it did: both marks that
+    /// `forget_stored` leaves are bits that are always 1 on a real CPU.
+    fn stored(&mut self) -> Option<Core> {
+        if self.sync == 0 {
+            return None;
         }
         let smm = registers::in_smm(&mut self.fd);
-        let stored = self.fd.sync_regs();
-        Ok(Core {
+        let stored = self.fd.sync_regs_mut();
+        let whole = stored.regs.rflags != 0 && stored.sregs.cr0 != 0;
+        whole.then_some(Core {
             regs: stored.regs,
             sregs: stored.sregs,
             smm,
         })
+    }
+
+    /// Makes what KVM stores next tell itself from what it stored before: RFLAGS bit 1 and CR0.ET are
+    /// always set (Intel SDM vol. 1 section 3.4.3, vol. 3 section 2.5).
+    fn forget_stored(&mut self) {
+        let stored = self.fd.sync_regs_mut();
+        stored.regs.rflags = 0;
+        stored.sregs.cr0 = 0;
     }
 
     /// A vCPU that KVM cannot run on: helped if it is the one case we know, else the machine's end.
@@ -218,6 +229,7 @@ impl Runner {
 }
 
 /// What one entry came to, of what a loop can go on after.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Turned {
     Served,
     Interrupted,
