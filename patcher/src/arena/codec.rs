@@ -15,7 +15,7 @@ use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::{Gpa, GpaRange, PhysicalMemory};
 
 use super::manifest::{Manifest, ManifestError};
-use super::window::{MANIFEST_PAGES, page_frame};
+use super::window::{MANIFEST_PAGES, manifest_copy};
 
 const MAGIC: [u8; 8] = *b"VMPARENA";
 /// The format this program writes, and the only one it reads.
@@ -64,7 +64,7 @@ pub fn encode(manifest: &Manifest) -> Result<Vec<u8>, ManifestError> {
 /// Where the copy of a generation lies.
 #[must_use]
 pub const fn place(slot: GpaRange, generation: u64) -> Gpa {
-    page_frame(slot, (generation % 2) as u32 * MANIFEST_PAGES)
+    manifest_copy(slot, (generation % 2) as u32)
 }
 
 /// Reads the newer whole copy; `None` if neither was ever written.

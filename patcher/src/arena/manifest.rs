@@ -7,7 +7,7 @@ use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 
-use super::window::{FIRST_PAGE, WINDOW_PAGES};
+use super::window::WINDOW_PAGES;
 use crate::patch::SectionKind;
 
 /// All that one boot of one guest has in its arena.
@@ -17,7 +17,7 @@ pub struct Manifest {
     pub boot: String,
     /// Counts up with each change; the valid copy with the higher one counts.
     pub generation: u64,
-    /// First page of the slot that no extent has taken.
+    /// First page of the window that no extent has taken.
     pub next_page: u32,
     /// Patches placed so far, applied or not, oldest first.
     pub patches: Vec<PatchRecord>,
@@ -38,7 +38,7 @@ pub struct PatchRecord {
     pub busy: Vec<BusyRange>,
 }
 
-/// A run of whole pages of the slot, mapped alike.
+/// A run of whole pages of the window, mapped alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
     /// First page.
@@ -157,7 +157,7 @@ impl Manifest {
         Self {
             boot: boot.to_owned(),
             generation,
-            next_page: FIRST_PAGE,
+            next_page: 0,
             patches: Vec::new(),
         }
     }
@@ -166,7 +166,7 @@ impl Manifest {
     /// page and as long on both sides. A guest can write to the slot, so nothing else is believed.
     #[must_use]
     pub fn check(&self) -> bool {
-        (FIRST_PAGE..=WINDOW_PAGES).contains(&self.next_page)
+        self.next_page <= WINDOW_PAGES
             && self.patches.iter().all(|patch| patch.check(self.next_page))
     }
 }
@@ -174,11 +174,10 @@ impl Manifest {
 impl PatchRecord {
     fn check(&self, next_page: u32) -> bool {
         let extents = self.extents.iter().all(|extent| {
-            extent.page >= FIRST_PAGE
-                && extent
-                    .page
-                    .checked_add(extent.pages)
-                    .is_some_and(|end| end <= next_page)
+            extent
+                .page
+                .checked_add(extent.pages)
+                .is_some_and(|end| end <= next_page)
         });
         let edits = self.sites.iter().flat_map(|site| &site.edits).all(|edit| {
             let length = edit.old.len() as u64;

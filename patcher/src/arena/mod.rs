@@ -4,11 +4,11 @@
 //! [`Target::write_arena`](vmpatch_introspect::Target::write_arena) and [`Edit`]s for the stop.
 //!
 //! ```text
-//!   slot (guest-physical)                          window (guest-virtual, from ffffffffff000000)
-//!   ┌ page  0..16  manifest, copy A                not mapped
-//!   │ page 16..32  manifest, copy B                not mapped
-//!   │ page 32..34  page tables of the window       not mapped
-//!   └ page 34..    extents, in order of arrival    same page number; text r-x, constants r--, data rw-
+//!   slot (guest-physical, in 4 KiB pages)     window (guest-virtual, from ffffffffff000000)
+//!   ┌  0..16   manifest, copy A               not mapped
+//!   │ 16..32   manifest, copy B               not mapped
+//!   │ 32       page table of the window       not mapped
+//!   └ 64..576  extents, in order of arrival   pages 0..512: text r-x, constants r--, data rw-
 //! ```
 //!
 //! Pages are handed out once and never again within one boot: timers, RCU callbacks and work items may
@@ -66,7 +66,7 @@ mod tests {
 
     impl Slot {
         pub(super) fn new() -> Self {
-            let size = u64::from(window::WINDOW_PAGES) * PAGE_SIZE;
+            let size: u64 = 4 << 20;
             let it = Self {
                 range: GpaRange::sized(Gpa(SLOT), size).unwrap(),
                 ram: RefCell::new(vec![0; RAM as usize]),

@@ -6,7 +6,7 @@ use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, GpaRange, Gva, Kernel, PhysicalMemory};
 
 use super::manifest::{Extent, Manifest, ManifestError, PatchRecord};
-use super::window::{self, FIRST_PAGE, TABLE_PAGE, WINDOW_PAGES, WindowError};
+use super::window::{self, WINDOW_PAGES, WindowError};
 use super::{ArenaWrite, MapEdits, codec};
 use crate::patch::SectionKind;
 
@@ -34,13 +34,13 @@ pub enum ArenaError {
     /// The slot is smaller than the window or reaches beyond what a page-table entry can name.
     #[error("the hypervisor's arena slot {0} does not fit the window")]
     Slot(GpaRange),
-    /// Somebody else uses the window's level-2 entries.
-    #[error("the guest already uses the arena's page-table entries at {at}: {found:02x?}")]
+    /// Somebody else uses the window's level-2 entry.
+    #[error("the guest already uses the arena's page-table entry at {at}: {found:#x}")]
     Occupied {
-        /// The first of the two entries.
+        /// The entry.
         at: Gpa,
-        /// What they hold.
-        found: [u8; 16],
+        /// What it holds.
+        found: u64,
     },
     /// The window is mapped, but the manifest is of another boot or missing.
     #[error("the guest maps the arena, but its manifest is {0}")]
@@ -77,21 +77,14 @@ impl Arena {
         memory: &dyn PhysicalMemory,
         slot: GpaRange,
     ) -> Result<Self, ArenaError> {
-        let fits = slot.size() >= u64::from(WINDOW_PAGES) * PAGE_SIZE
-            && slot.start.page_offset() == 0
-            && slot.end.0 <= 1 << 52;
-        if !fits {
+        if !window::fits(slot) {
             return Err(ArenaError::Slot(slot));
         }
         let level2 = window::find_level2(kernel.layout.space, memory)?;
-        let mut entries = [0; 16];
-        memory.read(level2, &mut entries)?;
-        let mapped = entries == window::level2_entries(slot);
-        if !mapped && entries != [0; 16] {
-            return Err(ArenaError::Occupied {
-                at: level2,
-                found: entries,
-            });
+        let found = memory.read_u64(level2)?;
+        let mapped = found == window::level2_entry(slot);
+        if !mapped && found != 0 {
+            return Err(ArenaError::Occupied { at: level2, found });
         }
         let manifest = current_manifest(memory, slot, &kernel.identity.boot, mapped)?;
         Ok(Self {
@@ -195,10 +188,9 @@ impl Arena {
         })
     }
 
-    /// The entries of the extents; before the window is mapped, both tables whole.
+    /// The entries of the extents; before the window is mapped, the whole table.
     fn table_writes(&self, extents: &[Extent], global: bool) -> Vec<ArenaWrite> {
-        let at =
-            |page: u32| window::page_frame(self.slot, TABLE_PAGE).wrapping_add(u64::from(page) * 8);
+        let at = |page: u32| window::table_entry(self.slot, page);
         let run = |extent: &Extent| {
             let pages = extent.page..extent.page.saturating_add(extent.pages);
             let entry = |page| {
@@ -236,7 +228,7 @@ impl Arena {
         if self.mapped {
             return Vec::new();
         }
-        let new = window::level2_entries(self.slot).to_vec();
+        let new = window::level2_entry(self.slot).to_le_bytes().to_vec();
         vec![Edit {
             at: self.level2,
             old: vec![0; new.len()],
@@ -281,9 +273,6 @@ fn padded(bytes: &[u8], extent: Extent) -> Vec<u8> {
     whole.resize(extent.pages as usize * PAGE_SIZE as usize, fill);
     whole
 }
-
-/// Pages that a fresh arena has to give.
-pub const CAPACITY: u32 = WINDOW_PAGES - FIRST_PAGE;
 
 #[cfg(test)]
 mod tests {
@@ -335,7 +324,7 @@ mod tests {
         assert!(arrive(&slot, "two", &[0x91; 5000]).map.is_empty());
         let manifest = arena_in(&slot).unwrap().manifest().clone();
         assert_eq!(manifest.patches.len(), 2);
-        assert_eq!(manifest.next_page, FIRST_PAGE + 1 + 2);
+        assert_eq!(manifest.next_page, 1 + 2);
     }
 
     #[test]
@@ -345,20 +334,12 @@ mod tests {
         arrive(&slot, "two", &[0x91; 5000]);
         let space = kernel().layout.space;
         for (page, first, last) in [(0, 0x90, 0xcc), (1, 0x91, 0x91), (2, 0x91, 0xcc)] {
-            let frame = walk(&slot, space, window::page_address(FIRST_PAGE + page)).unwrap();
+            let frame = walk(&slot, space, window::page_address(page)).unwrap();
             let mut bytes = [0; 4096];
             slot.read(Gpa(frame), &mut bytes).unwrap();
             assert_eq!((bytes[0], bytes[4095]), (first, last), "page {page}");
         }
-        assert_eq!(
-            walk(&slot, space, window::page_address(FIRST_PAGE + 3)),
-            None
-        );
-        assert_eq!(
-            walk(&slot, space, window::WINDOW_START),
-            None,
-            "the manifest is not mapped"
-        );
+        assert_eq!(walk(&slot, space, window::page_address(3)), None);
     }
 
     #[test]
@@ -377,14 +358,14 @@ mod tests {
             .unwrap()
             .place(&[(SectionKind::Data, 1)])
             .unwrap();
-        assert_eq!(next[0].page, FIRST_PAGE + 1);
+        assert_eq!(next[0].page, 1);
     }
 
     #[test]
     fn entries_that_somebody_else_uses_are_refused() {
         let slot = Slot::new();
         let level2 = window::find_level2(kernel().layout.space, &slot).unwrap();
-        slot.write(level2.wrapping_add(8), &[1]);
+        slot.write(level2, &[1]);
         assert!(matches!(arena_in(&slot), Err(ArenaError::Occupied { .. })));
     }
 
@@ -397,7 +378,7 @@ mod tests {
         let opened = Arena::open(&other, &slot, slot.range);
         assert!(matches!(opened, Err(ArenaError::Stale(_))));
         let level2 = window::find_level2(other.layout.space, &slot).unwrap();
-        slot.write(level2, &[0; 16]);
+        slot.write(level2, &[0; 8]);
         let fresh = Arena::open(&other, &slot, slot.range).unwrap();
         assert!(fresh.manifest().patches.is_empty());
         assert_eq!(fresh.manifest().generation, 1, "newer than what is there");
@@ -407,7 +388,7 @@ mod tests {
     fn a_full_arena_says_so() {
         let slot = Slot::new();
         let arena = arena_in(&slot).unwrap();
-        let most = u64::from(CAPACITY) * PAGE_SIZE;
+        let most = u64::from(WINDOW_PAGES) * PAGE_SIZE;
         assert!(arena.place(&[(SectionKind::Text, most)]).is_ok());
         for wanted in [most + 1, u64::MAX] {
             let placed = arena.place(&[(SectionKind::Text, wanted)]);

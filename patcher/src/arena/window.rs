@@ -8,16 +8,19 @@ use vmpatch_introspect::{AddressSpace, Gpa, GpaRange, Gva, GvaRange, PhysicalMem
 use crate::patch::SectionKind;
 
 /// First address of the window: what entry 504 of `level2_fixmap_pgt` maps. It lies between the modules
-/// and the fixmap and belongs to no allocator (Linux v6.12 Documentation/arch/x86/x86_64/mm.rst).
+/// (`MODULES_END`, Linux v6.12 arch/x86/include/asm/pgtable_64_types.h) and the fixmap, whose early
+/// mappings reach down into entry 505 on stock kernels, and belongs to no allocator.
 pub const WINDOW_START: Gva = Gva(0xffff_ffff_ff00_0000);
-/// Pages of the window: two level-2 entries of 512 each.
-pub const WINDOW_PAGES: u32 = 1024;
+/// Pages of the window: one level-2 entry of 512.
+pub const WINDOW_PAGES: u32 = 512;
 /// Pages that one copy of the manifest may take.
 pub const MANIFEST_PAGES: u32 = 16;
-/// First of the two pages that hold the window's own page tables.
-pub const TABLE_PAGE: u32 = 2 * MANIFEST_PAGES;
-/// First page that extents may take.
-pub const FIRST_PAGE: u32 = TABLE_PAGE + 2;
+/// The page of the slot that holds the window's page table.
+const TABLE_PAGE: u32 = 2 * MANIFEST_PAGES;
+/// The page of the slot that the window's first page lies on.
+const FIRST_FRAME: u32 = 64;
+/// Pages of the slot that are used.
+const SLOT_PAGES: u32 = FIRST_FRAME + WINDOW_PAGES;
 
 // Bits of a page-table entry: Intel SDM vol. 3 section 5.5.4, table 5-20.
 const PRESENT: u64 = 1;
@@ -28,8 +31,8 @@ const LARGE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// Index of the window's first entry in the level-2 table.
-const FIRST_ENTRY: u64 = 504;
+/// Index of the window's entry in the level-2 table.
+const LEVEL2_INDEX: u64 = 504;
 
 /// The whole window.
 #[must_use]
@@ -46,10 +49,34 @@ pub const fn page_address(page: u32) -> Gva {
     WINDOW_START.wrapping_add(page as u64 * PAGE_SIZE)
 }
 
-/// Where a page of the slot lies in guest-physical memory.
+/// Where a page of the window lies in guest-physical memory.
 #[must_use]
 pub const fn page_frame(slot: GpaRange, page: u32) -> Gpa {
+    slot_page(slot, FIRST_FRAME + page)
+}
+
+/// Where a copy of the manifest lies: 0 or 1.
+#[must_use]
+pub const fn manifest_copy(slot: GpaRange, copy: u32) -> Gpa {
+    slot_page(slot, copy * MANIFEST_PAGES)
+}
+
+/// Where the entry of a page lies in the window's own page table.
+#[must_use]
+pub const fn table_entry(slot: GpaRange, page: u32) -> Gpa {
+    slot_page(slot, TABLE_PAGE).wrapping_add(page as u64 * 8)
+}
+
+const fn slot_page(slot: GpaRange, page: u32) -> Gpa {
     slot.start.wrapping_add(page as u64 * PAGE_SIZE)
+}
+
+/// Whether a slot can hold the arena: large enough, and within what a page-table entry can name.
+#[must_use]
+pub const fn fits(slot: GpaRange) -> bool {
+    slot.size() >= SLOT_PAGES as u64 * PAGE_SIZE
+        && slot.start.page_offset() == 0
+        && slot.end.0 <= ADDRESS
 }
 
 /// The page-table entry of one page. Accessed and dirty are set, so that the CPU never writes to the
@@ -65,13 +92,11 @@ pub const fn page_entry(frame: Gpa, kind: SectionKind, global: bool) -> u64 {
     (frame.0 & ADDRESS) | PRESENT | ACCESSED | DIRTY | rights | global
 }
 
-/// What the two level-2 entries are to hold: the window's two page tables, as the kernel's own
-/// `_KERNPG_TABLE` has it (Linux v6.12 arch/x86/include/asm/pgtable_types.h).
+/// What the level-2 entry is to hold: the window's own page table, as the kernel's `_KERNPG_TABLE` has it
+/// (Linux v6.12 arch/x86/include/asm/pgtable_types.h).
 #[must_use]
-pub fn level2_entries(slot: GpaRange) -> [u8; 16] {
-    let entry = |page| (page_frame(slot, page).0 & ADDRESS) | PRESENT | WRITABLE | ACCESSED | DIRTY;
-    let both = u128::from(entry(TABLE_PAGE)) | u128::from(entry(TABLE_PAGE + 1)) << 64;
-    both.to_le_bytes()
+pub const fn level2_entry(slot: GpaRange) -> u64 {
+    (slot_page(slot, TABLE_PAGE).0 & ADDRESS) | PRESENT | WRITABLE | ACCESSED | DIRTY
 }
 
 /// Why the place for the window's tables was not found.
@@ -92,7 +117,7 @@ pub enum WindowError {
     },
 }
 
-/// Where the two level-2 entries of the window lie, found from the kernel's top-level table: entry 511 at
+/// Where the level-2 entry of the window lies, found from the kernel's top-level table: entry 511 at
 /// every level above (`init_top_pgt`, `level4_kernel_pgt` with five levels, `level3_kernel_pgt`; Linux
 /// v6.12 arch/x86/kernel/head_64.S).
 ///
@@ -109,7 +134,7 @@ pub fn find_level2(space: AddressSpace, memory: &dyn PhysicalMemory) -> Result<G
         }
         table = Gpa(entry & ADDRESS);
     }
-    Ok(table.wrapping_add(FIRST_ENTRY * 8))
+    Ok(table.wrapping_add(LEVEL2_INDEX * 8))
 }
 
 /// Whether the page that maps `at` is marked global, so that it survives a switch of address spaces.
@@ -152,34 +177,49 @@ mod tests {
     };
 
     #[test]
-    fn the_window_is_what_level_two_entries_504_and_505_map() {
+    fn the_window_is_what_level_two_entry_504_maps() {
         // Level 2 maps 2 MiB an entry from ffffffffc0000000, where its table begins.
-        let start = 0xffff_ffff_c000_0000_u64 + FIRST_ENTRY * (2 << 20);
+        let start = 0xffff_ffff_c000_0000_u64 + LEVEL2_INDEX * (2 << 20);
         assert_eq!(window().start, Gva(start));
-        assert_eq!(window().end, Gva(0xffff_ffff_ff40_0000));
+        assert_eq!(window().end, Gva(0xffff_ffff_ff20_0000));
     }
 
     #[test]
     fn text_is_not_writable_and_all_else_is_not_executable() {
-        let frame = page_frame(SLOT, FIRST_PAGE);
+        let frame = page_frame(SLOT, 2);
         assert_eq!(
             page_entry(frame, SectionKind::Text, false),
-            (1 << 36) + 0x22_061
+            (1 << 36) + 0x42_061
         );
         assert_eq!(
             page_entry(frame, SectionKind::ReadOnly, true),
-            (1 << 63) + (1 << 36) + 0x22_161
+            (1 << 63) + (1 << 36) + 0x42_161
         );
         assert_eq!(
             page_entry(frame, SectionKind::Data, false),
-            (1 << 63) + (1 << 36) + 0x22_063
+            (1 << 63) + (1 << 36) + 0x42_063
         );
     }
 
     #[test]
-    fn both_level_two_entries_are_kernel_tables_side_by_side() {
-        let bytes = level2_entries(SLOT);
-        assert_eq!(bytes[..8], ((1_u64 << 36) + 0x20_063).to_le_bytes());
-        assert_eq!(bytes[8..], ((1_u64 << 36) + 0x21_063).to_le_bytes());
+    fn the_level_two_entry_is_a_kernel_table_that_no_window_page_overlaps() {
+        assert_eq!(level2_entry(SLOT), (1 << 36) + 0x20_063);
+        assert!(table_entry(SLOT, WINDOW_PAGES) <= page_frame(SLOT, 0));
+        assert!(page_frame(SLOT, WINDOW_PAGES) <= SLOT.end);
+    }
+
+    #[test]
+    fn a_slot_that_is_too_small_or_out_of_reach_does_not_fit() {
+        assert!(fits(SLOT));
+        let small = GpaRange {
+            start: SLOT.start,
+            end: Gpa(SLOT.start.0 + (2 << 20)),
+        };
+        assert!(!fits(small));
+        let far = GpaRange {
+            start: Gpa(1 << 52),
+            end: Gpa((1 << 52) + (4 << 20)),
+        };
+        assert!(!fits(far));
     }
 }

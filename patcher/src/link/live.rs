@@ -5,6 +5,9 @@ use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::symbols::Symbols;
 use vmpatch_introspect::{Gpa, Gva, Kernel, KernelMemory, PhysicalMemory, ReadError};
 
+use super::boot::Facts;
+use super::boot::facts::FactsError;
+
 /// A guest kernel as linking sees it.
 pub trait Live {
     /// All addresses of a name, in the order that livepatch's `sympos` counts.
@@ -75,6 +78,15 @@ impl<'a> Guest<'a> {
     #[must_use]
     pub const fn kernel(&self) -> &'a Kernel {
         self.kernel
+    }
+
+    /// What its boot decided, as far as code depends on it.
+    ///
+    /// # Errors
+    /// [`FactsError`].
+    pub fn facts(&self) -> Result<Facts, FactsError> {
+        let features = self.kernel.cpu_features(self.memory.physical).ok();
+        Facts::read(&self.kernel.identity.release, features, self)
     }
 
     /// Its memory.

@@ -112,7 +112,7 @@ impl<'a> Plan<'a> {
         let digest = file.digest().to_string();
         let memory = guest.memory().physical;
         ownership::patch_is_free(patch, &digest, arena.manifest(), memory)?;
-        let facts = Facts::read(guest.kernel(), guest)?;
+        let facts = guest.facts()?;
         let names = Names::look_up(&patch.symbols, guest);
         let linker = Linker {
             patch,

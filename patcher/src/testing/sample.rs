@@ -83,9 +83,9 @@ fn write_manifest(mut manifest: Manifest, record: &PatchRecord) -> ArenaWrite {
 }
 
 fn map_edits(machine: &Machine) -> Vec<Edit> {
-    let mut old = [0; 16];
+    let mut old = [0; 8];
     machine.read(LEVEL2, &mut old).unwrap();
-    let new = window::level2_entries(slot());
+    let new = window::level2_entry(slot()).to_le_bytes();
     let edit = Edit {
         at: LEVEL2,
         old: old.to_vec(),

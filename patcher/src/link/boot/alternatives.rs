@@ -211,18 +211,18 @@ fn call_of(target: Gva, at: Gva, site: &Site, facts: &Facts) -> Result<Vec<u8>, 
 
 #[cfg(test)]
 mod tests {
-    use super::super::features::Features;
     use super::super::returns::Returns;
     use super::*;
     use crate::link::tests::Fake;
     use crate::patch::{Fragment, Relocation, RelocationKind, SiteKind};
+    use vmpatch_introspect::features::CpuFeatures;
 
     const AT: Gva = Gva(0xffff_ffff_8100_0000);
 
     fn facts(rules: Rules, features: u32) -> Facts {
         Facts {
             rules,
-            features: Some(Features::from_words(vec![features])),
+            features: Some(CpuFeatures::new(vec![features])),
             returns: Returns::Plain,
             indirect: None,
             call_padding: None,

@@ -1,11 +1,11 @@
 //! What this boot of this kernel decided, as far as code depends on it. Read once, while the guest runs.
 
-use vmpatch_introspect::{Gva, Kernel, ReadError};
+use vmpatch_introspect::features::CpuFeatures;
+use vmpatch_introspect::{Gva, ReadError};
 
-use super::Rules;
-use super::features::{Features, number};
 use super::retpolines::Indirect;
 use super::returns::Returns;
+use super::{Rules, features};
 use crate::link::live::Live;
 
 /// Decisions of one boot.
@@ -14,7 +14,7 @@ pub struct Facts {
     /// Which generation of text patching.
     pub rules: Rules,
     /// CPU features, where the kernel tells.
-    pub features: Option<Features>,
+    pub features: Option<CpuFeatures>,
     /// How functions return.
     pub returns: Returns,
     /// How indirect branches are made; `None` for a kernel built without retpolines.
@@ -65,13 +65,16 @@ pub enum FactsError {
 }
 
 impl Facts {
-    /// Reads them.
+    /// Reads them. `features` is what the kernel tells of its CPU, if it tells.
     ///
     /// # Errors
     /// [`FactsError`].
-    pub fn read(kernel: &Kernel, live: &dyn Live) -> Result<Self, FactsError> {
-        let rules = rules(kernel)?;
-        let features = Features::read(kernel, live);
+    pub fn read(
+        release: &str,
+        features: Option<CpuFeatures>,
+        live: &dyn Live,
+    ) -> Result<Self, FactsError> {
+        let rules = rules(release)?;
         let reader = Reader {
             live,
             rules,
@@ -83,7 +86,7 @@ impl Facts {
             indirect: reader.indirect()?,
             call_padding: reader.call_padding()?,
             ibt: reader.ibt()?,
-            isolated: reader.has(number::PTI).unwrap_or(true),
+            isolated: reader.has(features::PTI).unwrap_or(true),
             paravirt_nop: live
                 .unique("nop_func")
                 .or_else(|| live.unique("_paravirt_nop")),
@@ -103,22 +106,23 @@ impl Facts {
 
 /// The generation, by release: what lies between the two changed step by step and is not known well enough
 /// to re-enact.
-fn rules(kernel: &Kernel) -> Result<Rules, FactsError> {
-    let release = kernel.identity.release.clone();
+fn rules(release: &str) -> Result<Rules, FactsError> {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
         .map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
         (Some(Ok(6)), Some(Ok(1))) => Ok(Rules::Rows),
         (Some(Ok(6)), Some(Ok(12))) => Ok(Rules::Single),
-        _ => Err(FactsError::Generation { release }),
+        _ => Err(FactsError::Generation {
+            release: release.to_owned(),
+        }),
     }
 }
 
 struct Reader<'a> {
     live: &'a dyn Live,
     rules: Rules,
-    features: Option<&'a Features>,
+    features: Option<&'a CpuFeatures>,
 }
 
 impl Reader<'_> {
@@ -143,7 +147,7 @@ impl Reader<'_> {
         let Some(warning) = self.live.unique("__x86_return_thunk") else {
             return Ok(Returns::Plain);
         };
-        if !self.must_know(number::RETHUNK, "how functions return")? {
+        if !self.must_know(features::RETHUNK, "how functions return")? {
             return Ok(Returns::Plain);
         }
         let variable = self.symbol("return thunks", "x86_return_thunk")?;
@@ -163,8 +167,8 @@ impl Reader<'_> {
             return Ok(None);
         };
         let what = "how indirect branches are made";
-        let lfence = self.must_know(number::RETPOLINE_LFENCE, what)?;
-        if self.must_know(number::RETPOLINE, what)? && !lfence {
+        let lfence = self.must_know(features::RETPOLINE_LFENCE, what)?;
+        if self.must_know(features::RETPOLINE, what)? && !lfence {
             return Ok(Some(match self.call_padding()? {
                 None => Indirect::Thunk(thunks),
                 Some(_) => Indirect::Counted {
@@ -185,8 +189,8 @@ impl Reader<'_> {
             return Ok(None);
         };
         let feature = match self.rules {
-            Rules::Rows => number::ITS_6_1,
-            Rules::Single => number::ITS_6_12,
+            Rules::Rows => features::ITS_6_1,
+            Rules::Single => features::ITS_6_12,
         };
         Ok(self.must_know(feature, what)?.then_some(array))
     }
@@ -200,7 +204,7 @@ impl Reader<'_> {
             return Ok(None);
         }
         let feature = "call-depth tracking";
-        if !self.must_know(number::CALL_DEPTH, "where calls lead")? {
+        if !self.must_know(features::CALL_DEPTH, "where calls lead")? {
             return Ok(None);
         }
         // The template copied before each function (Linux v6.12 arch/x86/kernel/callthunks.c).
@@ -214,6 +218,6 @@ impl Reader<'_> {
         if self.live.unique("ibt_restore").is_none() {
             return Ok(false);
         }
-        self.must_know(number::IBT, "whether indirect calls need a landing mark")
+        self.must_know(features::IBT, "whether indirect calls need a landing mark")
     }
 }
