@@ -3,7 +3,7 @@
 
 use crate::address::{GpaRange, Gva, GvaRange};
 use crate::find::{self, Found};
-use crate::identity::{Identity, Sources};
+use crate::identity::{self, Identity, Sources};
 use crate::image::{self, Region};
 pub use crate::layout::Layout;
 use crate::modules::Module;
@@ -123,6 +123,17 @@ impl Kernel {
             ram: physical.ram().iter().map(GpaRange::size).sum(),
         };
         walk::all(self.memory(physical), fields, &heads)
+    }
+
+    /// Whether memory still holds the boot of the kernel that was found: its text where it was, and the
+    /// same random words. Cheap enough to be asked inside a stop; memory that cannot be read where the
+    /// kernel was holds another boot, or none.
+    #[must_use]
+    pub fn same_boot(&self, physical: &dyn PhysicalMemory) -> bool {
+        let fields = self.task_fields.as_ref().ok();
+        let tasks = fields.zip(self.place("init_task").ok());
+        identity::boot(&self.memory(physical), &self.layout, tasks)
+            .is_ok_and(|boot| boot == self.identity.boot)
     }
 
     /// The address of the kernel's own variable of that name.

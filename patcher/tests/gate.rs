@@ -253,7 +253,7 @@ fn a_vcpu_that_does_not_run_the_kernel_is_busy_and_says_what_it_runs() {
     let found = quiescence::examine(&guest, &machine(), &[vcpu_in_user_mode(0)], &ranges());
     assert_eq!(
         busy(found).findings,
-        [expected(0, Elsewhere::OtherInterruptTable)]
+        [expected(0, Elsewhere::NotThatKernel("lost".to_owned()))]
     );
 }
 

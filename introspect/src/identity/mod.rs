@@ -7,7 +7,7 @@ mod vmcoreinfo;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::address::{Gpa, Gva, GvaRange};
+use crate::address::{Gva, GvaRange};
 use crate::image::Region;
 use crate::kernel::AttachError;
 use crate::layout::Layout;
@@ -88,7 +88,7 @@ impl Identity {
         )?;
         Ok(Self {
             build_id: notes::build_id(from.memory, from.regions, from.symbols)?,
-            boot: boot(from, at)?,
+            boot: boot(from.memory, from.layout, from.tasks)?,
             banner,
             release,
             slide,
@@ -182,12 +182,18 @@ fn release(banner: &str) -> Result<String, AttachError> {
 
 /// A hash of where this boot put things and of the first task's random stack canary; for kernels without
 /// stack protector of the moments in which the first two processes began.
-fn boot(from: &Sources<'_>, text: Gpa) -> Result<String, ReadError> {
-    let mut words = vec![from.layout.text.start.0, text.0, from.layout.direct_map.0];
-    if let Some((fields, init_task)) = from.tasks {
+pub(crate) fn boot(
+    memory: &KernelMemory<'_>,
+    layout: &Layout,
+    tasks: Option<(&TaskFields, Gva)>,
+) -> Result<String, ReadError> {
+    let text = layout.text.start;
+    let physical = memory.physical_of(text)?;
+    let mut words = vec![text.0, physical.0, layout.direct_map.0];
+    if let Some((fields, init_task)) = tasks {
         match fields.stack_canary {
-            Some(canary) => words.push(from.memory.read_u64(init_task.wrapping_add(canary))?),
-            None => words.extend(first_starts(from.memory, fields, init_task)?),
+            Some(canary) => words.push(memory.read_u64(init_task.wrapping_add(canary))?),
+            None => words.extend(first_starts(memory, fields, init_task)?),
         }
     }
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();

@@ -124,15 +124,15 @@ pub enum Evidence {
 }
 
 /// What a vCPU runs when it does not run the guest's kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Elsewhere {
     /// Firmware in system-management mode.
     Smm,
     /// A guest of the guest.
     NestedGuest,
-    /// Something with another interrupt table.
-    OtherInterruptTable,
+    /// Something else: a kernel's early start or late end, or another kernel.
+    NotThatKernel(String),
 }
 
 impl Busy {
@@ -238,7 +238,7 @@ impl fmt::Display for Finding {
             } => {
                 write!(f, "vCPU {vcpu} is in {function}+{offset:#x}")
             }
-            Self::Elsewhere { vcpu, what } => write!(f, "vCPU {vcpu} runs {what}"),
+            Self::Elsewhere { vcpu, what } => write!(f, "vCPU {vcpu} {what}"),
             Self::TextPatching { what } => {
                 write!(f, "the guest is rewriting its own text: {what}")
             }
@@ -258,10 +258,10 @@ impl fmt::Display for Evidence {
 
 impl fmt::Display for Elsewhere {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Smm => "firmware in system-management mode",
-            Self::NestedGuest => "a guest of its own",
-            Self::OtherInterruptTable => "with another kernel's interrupt table",
-        })
+        match self {
+            Self::Smm => write!(f, "runs firmware in system-management mode"),
+            Self::NestedGuest => write!(f, "runs a guest of its own"),
+            Self::NotThatKernel(why) => write!(f, "does not run the kernel that was found: {why}"),
+        }
     }
 }

@@ -19,7 +19,7 @@ use vmpatch_introspect::unwind::{Frame, Unreliable};
 use vmpatch_introspect::vcpu::{Activity, Vcpu};
 use vmpatch_introspect::{Gva, GvaRange, ReadError};
 
-use super::busy::{Busy, Elsewhere, Evidence, Finding, Who};
+use super::busy::{Busy, Evidence, Finding, Who};
 use super::ranges::{BusyRanges, Hit};
 
 /// Reads guest-virtual memory of a stopped guest.
@@ -52,18 +52,6 @@ pub fn examine_vcpus(vcpus: &[Vcpu], stacks: &[Stack], ranges: &BusyRanges, busy
         if let Some(finding) = examine_vcpu(vcpu, stacks, ranges) {
             busy.add(finding);
         }
-    }
-}
-
-/// What a vCPU runs instead of the guest's kernel, where its registers tell it.
-#[must_use]
-pub fn elsewhere(vcpu: &Vcpu) -> Option<Elsewhere> {
-    match (vcpu.activity, vcpu.smm, vcpu.nested_guest) {
-        // It has no stack and runs nothing yet; its first instruction is not the kernel's text.
-        (Activity::WaitingForSipi, ..) => None,
-        (_, true, _) => Some(Elsewhere::Smm),
-        (_, _, true) => Some(Elsewhere::NestedGuest),
-        _ => None,
     }
 }
 

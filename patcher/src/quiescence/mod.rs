@@ -46,10 +46,10 @@ pub fn examine(
     vcpus: &[Vcpu],
     ranges: &BusyRanges,
 ) -> Result<Examined, NotQuiet> {
-    if !witness.same_boot(memory)? {
+    if !witness.same_boot(memory) {
         return Err(NotQuiet::OtherBoot);
     }
-    let mut busy = foreign_vcpus(witness, memory, vcpus);
+    let mut busy = foreign_vcpus(witness, vcpus);
     if let Some(what) = witness.text_patching(memory)? {
         busy.add(Finding::TextPatching { what });
     }
@@ -57,8 +57,8 @@ pub fn examine(
         return Err(NotQuiet::Busy(busy));
     }
     let stacks = witness.stacks(memory, vcpus)?;
-    let read = |at, into: &mut [u8]| witness.read(memory, at, into);
-    gate::examine_stacks(&stacks, ranges, &read, &mut busy);
+    let read = witness.reader(memory);
+    gate::examine_stacks(&stacks, ranges, &*read, &mut busy);
     gate::examine_vcpus(vcpus, &stacks, ranges, &mut busy);
     if !busy.is_empty() {
         return Err(NotQuiet::Busy(busy));
@@ -74,18 +74,12 @@ pub fn examine(
 }
 
 /// The vCPUs whose registers say nothing of the guest's kernel.
-fn foreign_vcpus(witness: &dyn Witness, memory: &dyn PhysicalMemory, vcpus: &[Vcpu]) -> Busy {
+fn foreign_vcpus(witness: &dyn Witness, vcpus: &[Vcpu]) -> Busy {
     let mut busy = Busy::default();
     for vcpu in vcpus {
-        let other = || {
-            let started = vcpu.activity != vmpatch_introspect::Activity::WaitingForSipi;
-            (started && !witness.owns(memory, vcpu)).then_some(Elsewhere::OtherInterruptTable)
-        };
-        if let Some(what) = gate::elsewhere(vcpu).or_else(other) {
-            busy.add(Finding::Elsewhere {
-                vcpu: vcpu.index,
-                what,
-            });
+        if let Some(what) = witness.elsewhere(vcpu) {
+            let vcpu = vcpu.index;
+            busy.add(Finding::Elsewhere { vcpu, what });
         }
     }
     busy

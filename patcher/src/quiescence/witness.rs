@@ -3,18 +3,18 @@
 
 use vmpatch_introspect::stacks::{self, Stack};
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{AttachError, Gva, Kernel, PhysicalMemory, ReadError, Vcpu};
+use vmpatch_introspect::{AttachError, ForeignVcpu, Kernel, PhysicalMemory, Vcpu};
+
+use super::busy::Elsewhere;
+use super::gate::ReadStack;
 
 /// Answers about one stopped guest, from its memory and registers as they are now.
 pub trait Witness {
     /// Whether the guest is still in the boot that the change was made for.
-    ///
-    /// # Errors
-    /// [`AttachError`]: nothing can then be said of the guest.
-    fn same_boot(&self, memory: &dyn PhysicalMemory) -> Result<bool, AttachError>;
+    fn same_boot(&self, memory: &dyn PhysicalMemory) -> bool;
 
-    /// Whether the vCPU's interrupt table is the one of that kernel.
-    fn owns(&self, memory: &dyn PhysicalMemory, vcpu: &Vcpu) -> bool;
+    /// What a vCPU runs instead of that kernel, where it does; `None` for one that runs it or nothing.
+    fn elsewhere(&self, vcpu: &Vcpu) -> Option<Elsewhere>;
 
     /// What shows that the guest is rewriting its own text now; `None` where nothing does.
     ///
@@ -32,11 +32,8 @@ pub trait Witness {
         vcpus: &[Vcpu],
     ) -> Result<Vec<Stack>, AttachError>;
 
-    /// Reads kernel-virtual memory.
-    ///
-    /// # Errors
-    /// [`ReadError`].
-    fn read(&self, memory: &dyn PhysicalMemory, at: Gva, into: &mut [u8]) -> Result<(), ReadError>;
+    /// What reads kernel-virtual memory.
+    fn reader<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> Box<ReadStack<'a>>;
 }
 
 /// A kernel that was found, with its unwind tables.
@@ -49,22 +46,21 @@ pub struct LiveKernel<'a> {
 }
 
 impl Witness for LiveKernel<'_> {
-    fn same_boot(&self, _memory: &dyn PhysicalMemory) -> Result<bool, AttachError> {
-        Err(AttachError::Unsupported {
-            what: "boot identity",
-            why: "not compared".to_owned(),
+    fn same_boot(&self, memory: &dyn PhysicalMemory) -> bool {
+        self.kernel.same_boot(memory)
+    }
+
+    fn elsewhere(&self, vcpu: &Vcpu) -> Option<Elsewhere> {
+        let foreign = self.kernel.check_vcpu(vcpu).err()?;
+        Some(match foreign {
+            ForeignVcpu::ManagementMode => Elsewhere::Smm,
+            ForeignVcpu::NestedGuest => Elsewhere::NestedGuest,
+            other => Elsewhere::NotThatKernel(other.to_string()),
         })
     }
 
-    fn owns(&self, _memory: &dyn PhysicalMemory, _vcpu: &Vcpu) -> bool {
-        false
-    }
-
-    fn text_patching(&self, _memory: &dyn PhysicalMemory) -> Result<Option<String>, AttachError> {
-        Err(AttachError::Unsupported {
-            what: "text patching",
-            why: "not looked at".to_owned(),
-        })
+    fn text_patching(&self, memory: &dyn PhysicalMemory) -> Result<Option<String>, AttachError> {
+        self.kernel.text_patching(memory)
     }
 
     fn stacks(
@@ -75,7 +71,8 @@ impl Witness for LiveKernel<'_> {
         stacks::all(self.kernel, self.unwinder, memory, vcpus)
     }
 
-    fn read(&self, memory: &dyn PhysicalMemory, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
-        self.kernel.memory(memory).read(at, into)
+    fn reader<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> Box<ReadStack<'a>> {
+        let memory = self.kernel.memory(memory);
+        Box::new(move |at, into| memory.read(at, into))
     }
 }

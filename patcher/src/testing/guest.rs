@@ -8,7 +8,8 @@ use vmpatch_introspect::tasks::{Task, TaskKind};
 use vmpatch_introspect::unwind::{Frame, FrameKind, Trace, Unreliable};
 use vmpatch_introspect::{AttachError, Gpa, Gva, GvaRange, PhysicalMemory, ReadError, Vcpu};
 
-use crate::quiescence::Witness;
+use crate::quiescence::gate::ReadStack;
+use crate::quiescence::{Elsewhere, Witness};
 
 /// Where the guest's kernel maps guest-physical zero.
 pub const DIRECT_MAP: Gva = Gva(0xffff_8880_0000_0000);
@@ -70,12 +71,17 @@ impl ScriptedGuest {
 }
 
 impl Witness for ScriptedGuest {
-    fn same_boot(&self, _memory: &dyn PhysicalMemory) -> Result<bool, AttachError> {
-        Ok(self.same_boot.get())
+    fn same_boot(&self, _memory: &dyn PhysicalMemory) -> bool {
+        self.same_boot.get()
     }
 
-    fn owns(&self, _memory: &dyn PhysicalMemory, _vcpu: &Vcpu) -> bool {
-        self.owns_vcpus.get()
+    fn elsewhere(&self, vcpu: &Vcpu) -> Option<Elsewhere> {
+        match (vcpu.smm, vcpu.nested_guest, self.owns_vcpus.get()) {
+            (true, ..) => Some(Elsewhere::Smm),
+            (_, true, _) => Some(Elsewhere::NestedGuest),
+            (.., false) => Some(Elsewhere::NotThatKernel("lost".to_owned())),
+            _ => None,
+        }
     }
 
     fn text_patching(&self, _memory: &dyn PhysicalMemory) -> Result<Option<String>, AttachError> {
@@ -97,11 +103,12 @@ impl Witness for ScriptedGuest {
         }
     }
 
-    fn read(&self, memory: &dyn PhysicalMemory, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
-        let physical =
-            at.0.checked_sub(DIRECT_MAP.0)
-                .ok_or(ReadError::NotMapped(at))?;
-        Ok(memory.read(Gpa(physical), into)?)
+    fn reader<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> Box<ReadStack<'a>> {
+        Box::new(move |at, into| {
+            let physical = at.0.checked_sub(DIRECT_MAP.0);
+            let physical = physical.ok_or(ReadError::NotMapped(at))?;
+            Ok(memory.read(Gpa(physical), into)?)
+        })
     }
 }
 
