@@ -19,6 +19,7 @@ pub mod change;
 pub mod failure;
 pub mod observer;
 pub mod place;
+pub mod rehearse;
 pub mod retry;
 
 use vmpatch_introspect::StoppedTarget;
@@ -28,6 +29,7 @@ pub use change::{Change, ChangeError};
 pub use failure::{Attempt, Failure, FailureKind};
 pub use observer::{Boundary, Observer, Setback, Timings, Unobserved};
 pub use place::{PlaceError, Placed};
+pub use rehearse::{Rehearsed, rehearse};
 pub use retry::Schedule;
 
 use crate::quiescence::{self, Examined, NotQuiet, Witness};
@@ -66,11 +68,11 @@ pub struct Applied {
     pub examined: Examined,
 }
 
-/// A change made, and how many stops it took.
+/// What came of the last attempt, and how many stops it took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Attempted {
+pub struct Attempted<T = Applied> {
     /// The last attempt.
-    pub applied: Applied,
+    pub applied: T,
     /// How many there were, from 1.
     pub attempts: u32,
 }

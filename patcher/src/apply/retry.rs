@@ -4,9 +4,9 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Attempted;
 use super::failure::{Attempt, Failure};
 use super::observer::{Observer, Setback};
-use super::{Applied, Attempted};
 use crate::quiescence::NotQuiet;
 
 /// When to try again.
@@ -63,11 +63,11 @@ impl Schedule {
     ///
     /// # Errors
     /// The last attempt's failure.
-    pub fn run(
+    pub fn run<T>(
         &self,
         observer: &dyn Observer,
-        mut attempt: impl FnMut() -> Result<Applied, Attempt>,
-    ) -> Result<Attempted, Failure> {
+        mut attempt: impl FnMut() -> Result<T, Attempt>,
+    ) -> Result<Attempted<T>, Failure> {
         let began = Instant::now();
         let mut attempts = 0_u32;
         loop {

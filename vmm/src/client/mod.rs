@@ -73,17 +73,29 @@ pub fn connect(vm: &str) -> Result<Connection, CallError> {
     Connection::open(&socket(vm)?, ANSWER_LIMIT)
 }
 
-/// The control socket that `vm` names: an id, a machine's directory, or a socket.
-fn socket(vm: &str) -> Result<PathBuf, RunDirError> {
+/// The directory of the machine that `vm` names: an id, a machine's directory, or its socket.
+///
+/// # Errors
+/// [`RunDirError`] where the name can be none of these.
+pub fn folder(vm: &str) -> Result<PathBuf, RunDirError> {
     if !vm.contains('/') {
         if !crate::config::is_id(vm) {
             return Err(RunDirError::Id(vm.into()));
         }
-        return Ok(rundir::socket_of(&rundir::base()?.join(vm)));
+        return Ok(rundir::base()?.join(vm));
     }
     let path = Path::new(vm);
     Ok(match path.is_dir() {
-        true => rundir::socket_of(path),
-        false => path.to_owned(),
+        true => path.to_owned(),
+        false => path.parent().unwrap_or(Path::new(".")).to_owned(),
     })
+}
+
+/// The control socket that `vm` names.
+fn socket(vm: &str) -> Result<PathBuf, RunDirError> {
+    let path = Path::new(vm);
+    if vm.contains('/') && !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    Ok(rundir::socket_of(&folder(vm)?))
 }

@@ -1,0 +1,295 @@
+//! The grammar of the command line and its help. Owns no behaviour.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Patch the kernel of a running virtual machine from the hypervisor.
+///
+/// No agent in the guest, no module loaded, no reboot. A patch file is made from two objects (`build`),
+/// tried without writing anything (`check`), put into the running kernel (`apply`), looked at (`status`)
+/// and taken out again (`rollback`).
+#[derive(Parser, Debug)]
+#[command(name = "vmpatch", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// Answer with one JSON document on standard output.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Tell more of what is done, on standard error.
+    #[arg(long, short, global = true)]
+    pub(crate) verbose: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  anything not foreseen
+  2  the call makes no sense as given
+  3  refused, with the reason; nothing was written
+  4  busy until the timeout: some task stood in the code to be replaced; nothing was written
+  5  the VM cannot be reached
+
+A patch, from first to last:
+  vmpatch run --id web1 --kernel vmlinuz --initrd initrd.img --vcpus 2 --memory 512M --detach
+  vmpatch build --old old.o --new new.o -o fix.vmpatch
+  vmpatch check --vm web1 fix.vmpatch
+  vmpatch apply --vm web1 fix.vmpatch
+  vmpatch status --vm web1
+  vmpatch rollback --vm web1 fix";
+
+/// The verbs.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Verb {
+    /// Start a virtual machine.
+    Run(Run),
+    /// List the virtual machines that run.
+    List,
+    /// Hold all vCPUs of a VM until `resume`.
+    Pause(OneVm),
+    /// Let a paused VM run on.
+    Resume(OneVm),
+    /// End a VM at once, as pulling its plug would.
+    Stop(OneVm),
+    /// Look into a guest kernel from outside, without its help.
+    Inspect(Inspect),
+    /// Make a patch file from two objects of the same source file, before and after the fix.
+    Build(Build),
+    /// Go through every gate of an apply, and write nothing.
+    Check(Change),
+    /// Put a patch into the running kernel.
+    Apply(Change),
+    /// Tell which patches a VM has, and whether its memory agrees.
+    Status(OneVm),
+    /// Take a patch out again.
+    Rollback(Rollback),
+}
+
+/// A verb that needs nothing but a VM.
+#[derive(Args, Debug)]
+pub(crate) struct OneVm {
+    /// The VM, as `vmpatch list` names it.
+    #[arg(long = "vm", value_name = "ID")]
+    pub(crate) vm: String,
+}
+
+/// `vmpatch run`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+The kernel is a bzImage (as distributions ship it) or a vmlinux ELF. Memory takes K, M or G.
+Examples:
+  vmpatch run --id web1 --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' --memory 512M
+  vmpatch run --id web1 --kernel vmlinuz --console file:/tmp/web1.log --detach")]
+pub(crate) struct Run {
+    /// Name of the new VM: letters, digits, `.`, `_` and `-`.
+    #[arg(long)]
+    pub(crate) id: String,
+    /// Kernel: bzImage or vmlinux.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "console=ttyS0 panic=-1")]
+    pub(crate) cmdline: String,
+    /// Number of vCPUs, 1 to 8.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) vcpus: u8,
+    /// Guest RAM, such as 512M or 4G.
+    #[arg(long, default_value = "256M", value_parser = parse_size)]
+    pub(crate) memory: u64,
+    /// Where COM1 goes: `stdio`, `pty` or `file:PATH`. Default: `stdio`, or `pty` with `--detach`.
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) console: Option<String>,
+    /// Go to the background once the VM runs.
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// Boot even on a KVM that emulates every kernel-mode instruction, and help it over those it cannot
+    /// (slow: for measuring host-side costs only).
+    #[arg(long)]
+    pub(crate) assist_emulation: bool,
+}
+
+/// `vmpatch inspect`.
+#[derive(Args, Debug)]
+pub(crate) struct Inspect {
+    /// What to look at.
+    #[command(subcommand)]
+    pub(crate) what: InspectWhat,
+}
+
+/// What `vmpatch inspect` can show.
+#[derive(Subcommand, Debug)]
+pub(crate) enum InspectWhat {
+    /// Which kernel runs and where it lies.
+    Kernel(OneVm),
+    /// Symbols, as /proc/kallsyms has them.
+    Symbols(Symbols),
+    /// Loaded modules.
+    Modules(OneVm),
+    /// Every task, idle and exiting ones included.
+    Tasks(OneVm),
+    /// Kernel stacks, each with whether it could be unwound reliably.
+    Stacks(Stacks),
+    /// The kernel's log.
+    Dmesg(OneVm),
+    /// Registers of every vCPU.
+    Vcpus(OneVm),
+}
+
+/// `vmpatch inspect symbols`.
+#[derive(Args, Debug)]
+pub(crate) struct Symbols {
+    /// The VM.
+    #[command(flatten)]
+    pub(crate) vm: OneVm,
+    /// Only symbols of this exact name.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Symbols of loaded modules too.
+    #[arg(long)]
+    pub(crate) modules: bool,
+}
+
+/// `vmpatch inspect stacks`.
+#[derive(Args, Debug)]
+pub(crate) struct Stacks {
+    /// The VM.
+    #[command(flatten)]
+    pub(crate) vm: OneVm,
+    /// Only the task with this thread id.
+    #[arg(long)]
+    pub(crate) pid: Option<i32>,
+}
+
+/// `vmpatch build`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Compile both objects with the flags of the running kernel plus -ffunction-sections -fdata-sections, for
+instance, in a prepared kernel tree:
+  make KCFLAGS='-ffunction-sections -fdata-sections' fs/proc/version.o")]
+pub(crate) struct Build {
+    /// Object of the source before the fix.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) old: PathBuf,
+    /// Object of the source after the fix.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) new: PathBuf,
+    /// Patch file to write.
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Name of the patch. Default: the output's file name without its ending.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Kernel release (`uname -r`) that the guest must have.
+    #[arg(long)]
+    pub(crate) release: Option<String>,
+    /// Build id of the kernel that the guest must have, in hex.
+    #[arg(long)]
+    pub(crate) build_id: Option<String>,
+}
+
+/// `vmpatch check` and `vmpatch apply`.
+#[derive(Args, Debug)]
+pub(crate) struct Change {
+    /// The VM.
+    #[command(flatten)]
+    pub(crate) vm: OneVm,
+    /// The patch file.
+    pub(crate) patch: PathBuf,
+    /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+/// `vmpatch rollback`.
+#[derive(Args, Debug)]
+pub(crate) struct Rollback {
+    /// The VM.
+    #[command(flatten)]
+    pub(crate) vm: OneVm,
+    /// Name of the patch, as `vmpatch status` shows it.
+    pub(crate) patch: String,
+    /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+/// Bytes from `4096`, `512K`, `256M` or `4G`.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = split_unit(text);
+    let factor = match unit
+        .to_ascii_uppercase()
+        .trim_end_matches("IB")
+        .trim_end_matches('B')
+    {
+        "" => 1,
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        "G" => 1 << 30,
+        _ => return Err(format!("unknown unit `{unit}`; use K, M or G")),
+    };
+    let count: u64 = digits
+        .parse()
+        .map_err(|_| format!("`{text}` is not a size such as 512M"))?;
+    count
+        .checked_mul(factor)
+        .ok_or_else(|| format!("`{text}` is more than can be counted"))
+}
+
+/// A duration from `500ms`, `10s` or `2m`; a bare number is seconds.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let (digits, unit) = split_unit(text);
+    let count: u32 = digits
+        .parse()
+        .map_err(|_| format!("`{text}` is not a duration such as 10s"))?;
+    let one = match unit {
+        "ms" => Duration::from_millis(1),
+        "s" | "" => Duration::from_secs(1),
+        "m" => Duration::from_mins(1),
+        _ => return Err(format!("unknown unit `{unit}`; use ms, s or m")),
+    };
+    one.checked_mul(count)
+        .ok_or_else(|| format!("`{text}` is more than can be counted"))
+}
+
+fn split_unit(text: &str) -> (&str, &str) {
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    text.split_at(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_grammar_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_take_binary_units() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("4GiB"), Ok(4 << 30));
+        assert!(parse_size("4X").is_err());
+        assert!(parse_size("99999999999G").is_err());
+        assert!(parse_size("").is_err());
+    }
+
+    #[test]
+    fn durations_take_units_and_a_bare_number_is_seconds() {
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        assert!(parse_duration("2h").is_err());
+        assert!(parse_duration("-1s").is_err());
+    }
+}

@@ -1,0 +1,98 @@
+//! A VM reached by the name the user gave, and the kernel found in it.
+
+use std::path::PathBuf;
+
+use vmpatch_introspect::modules::Module;
+use vmpatch_introspect::target::StopRequest;
+use vmpatch_introspect::unwind::Unwinder;
+use vmpatch_introspect::{GpaRange, Kernel, Target, Vcpu};
+use vmpatch_patcher::quiescence::LiveKernel;
+use vmpatch_vmm::client::{self, KvmTarget};
+
+use crate::exit::Failure;
+
+/// Connects to a running VM.
+pub(crate) fn connect(id: &str) -> Result<KvmTarget, Failure> {
+    Ok(KvmTarget::connect(id)?)
+}
+
+/// The folder of a running VM.
+fn folder(id: &str) -> Result<PathBuf, Failure> {
+    client::folder(id).map_err(|error| Failure::Unreachable(error.to_string()))
+}
+
+/// Registers of every vCPU, by a stop as short as can be.
+pub(crate) fn registers(vm: &dyn Target) -> Result<Vec<Vcpu>, Failure> {
+    let stopped = vm.stop(StopRequest::default())?;
+    let vcpus = stopped.vcpus().to_vec();
+    stopped
+        .resume()
+        .map_err(|error| Failure::Unreachable(error.to_string()))?;
+    Ok(vcpus)
+}
+
+/// A VM with the kernel found in it.
+pub(crate) struct Live {
+    vm: KvmTarget,
+    folder: PathBuf,
+    /// Its kernel.
+    pub(crate) kernel: Kernel,
+}
+
+impl Live {
+    /// Connects, reads the registers and finds the kernel.
+    pub(crate) fn attach(id: &str) -> Result<Self, Failure> {
+        let vm = connect(id)?;
+        let vcpus = registers(&vm)?;
+        let kernel = Kernel::attach(&vm, &vcpus)?;
+        Ok(Self {
+            vm,
+            folder: folder(id)?,
+            kernel,
+        })
+    }
+
+    /// The machine.
+    pub(crate) fn vm(&self) -> &KvmTarget {
+        &self.vm
+    }
+
+    /// Which boot of the guest this is.
+    pub(crate) fn boot(&self) -> &str {
+        &self.kernel.identity.boot
+    }
+
+    /// Loaded modules.
+    pub(crate) fn modules(&self) -> Result<Vec<Module>, Failure> {
+        Ok(self.kernel.modules(&self.vm)?)
+    }
+
+    /// Where this host keeps its journal of the VM. It goes with the VM.
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.folder.join("journal")
+    }
+
+    /// The memory slot of the arena.
+    pub(crate) fn arena(&self) -> Result<GpaRange, Failure> {
+        self.vm.arena().map_err(Failure::refused)
+    }
+}
+
+/// A kernel's unwind tables and its modules', copied out for use inside a stop.
+pub(crate) struct Tables(Unwinder);
+
+impl Tables {
+    /// Copies them.
+    pub(crate) fn load(live: &Live) -> Result<Self, Failure> {
+        let modules = live.modules()?;
+        Ok(Self(Unwinder::load(&live.kernel, live.vm(), &modules)?))
+    }
+
+    /// What the stack gate asks.
+    pub(crate) fn witness<'a>(&'a self, live: &'a Live) -> LiveKernel<'a> {
+        LiveKernel {
+            kernel: &live.kernel,
+            unwinder: &self.0,
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! Tables for people: left-aligned columns, no borders, as `ps` prints them.
+
+use comfy_table::{ContentArrangement, Table, TableStyle};
+
+/// A table of `rows` under `head`.
+pub(crate) fn table<R, C>(head: &[&str], rows: R) -> String
+where
+    R: IntoIterator<Item = C>,
+    C: IntoIterator<Item = String>,
+{
+    let mut table = Table::new();
+    table
+        .load_style(TableStyle::new())
+        .set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(head.iter().map(|column| column.to_uppercase()));
+    for row in rows {
+        table.add_row(row);
+    }
+    table
+        .lines()
+        .map(|line| line.trim_end().to_owned())
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// A list of names and values.
+pub(crate) fn pairs(rows: &[(&str, String)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    rows.iter()
+        .map(|(name, value)| format!("{name:width$}  {value}"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_line_up_behind_the_longest_name() {
+        let shown = pairs(&[("id", "web1".to_owned()), ("release", "6.12".to_owned())]);
+        assert_eq!(shown, "id       web1\nrelease  6.12");
+    }
+}

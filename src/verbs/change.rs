@@ -1,0 +1,168 @@
+//! `vmpatch check`, `apply` and `rollback`: one shape of answer for all three.
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+use vmpatch_introspect::target::StopReport;
+use vmpatch_introspect::{Gva, GvaRange};
+use vmpatch_patcher::arena::PatchRecord;
+
+use crate::cli::{Change, Rollback};
+use crate::exit::Failure;
+use crate::flow;
+use crate::report::{Output, table};
+use crate::watch::Watch;
+
+#[derive(Serialize)]
+struct Answer {
+    result: &'static str,
+    vm: String,
+    patch: String,
+    digest: String,
+    functions: Vec<Function>,
+    attempts: u32,
+    stop_window_us: f64,
+    stop_us: StopTimes,
+    stacks: usize,
+    scanned_stacks: usize,
+    phases_us: Map<String, Value>,
+}
+
+#[derive(Serialize)]
+struct Function {
+    name: String,
+    site: Gva,
+    replaced: Option<GvaRange>,
+}
+
+/// Parts of the stop, as the machine measured them. Microseconds.
+#[derive(Serialize)]
+struct StopTimes {
+    kick: f64,
+    registers: f64,
+    write: f64,
+    resume: f64,
+}
+
+impl From<StopReport> for StopTimes {
+    fn from(report: StopReport) -> Self {
+        let us = |part: std::time::Duration| part.as_secs_f64() * 1e6;
+        Self {
+            kick: us(report.kick),
+            registers: us(report.registers),
+            write: us(report.write),
+            resume: us(report.resume),
+        }
+    }
+}
+
+/// Goes through every gate and writes nothing.
+pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
+    let watch = Watch::new(output.progress("checking"))?;
+    let checked = flow::check(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
+    let seen = checked.attempted.applied;
+    let answer = Answer {
+        stacks: seen.examined.stacks,
+        scanned_stacks: seen.examined.scanned,
+        attempts: checked.attempted.attempts,
+        ..blank(
+            "checked",
+            &asked.vm.vm,
+            &checked.verified.record,
+            seen.report,
+            &watch,
+        )
+    };
+    watch.finish();
+    output.answer(&answer, |answer| {
+        format!(
+            "patch {} fits; nothing was written\n{}",
+            answer.patch,
+            text(answer)
+        )
+    });
+    Ok(())
+}
+
+/// Puts the patch in.
+pub(crate) fn apply(asked: &Change, output: &Output) -> Result<(), Failure> {
+    let watch = Watch::new(output.progress("applying"))?;
+    let changed = flow::apply(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
+    report("applied", &asked.vm.vm, &changed, &watch, output);
+    Ok(())
+}
+
+/// Takes the patch out.
+pub(crate) fn roll_back(asked: &Rollback, output: &Output) -> Result<(), Failure> {
+    let watch = Watch::new(output.progress("rolling back"))?;
+    let changed = flow::roll_back(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
+    report("rolled-back", &asked.vm.vm, &changed, &watch, output);
+    Ok(())
+}
+
+fn report(result: &'static str, vm: &str, changed: &flow::Changed, watch: &Watch, output: &Output) {
+    let applied = changed.attempted.applied;
+    let answer = Answer {
+        stacks: applied.examined.stacks,
+        scanned_stacks: applied.examined.scanned,
+        attempts: changed.attempted.attempts,
+        ..blank(result, vm, &changed.record, applied.report, watch)
+    };
+    watch.finish();
+    output.answer(&answer, |answer| {
+        format!("patch {} {}\n{}", answer.patch, answer.result, text(answer))
+    });
+}
+
+fn blank(
+    result: &'static str,
+    vm: &str,
+    record: &PatchRecord,
+    report: StopReport,
+    watch: &Watch,
+) -> Answer {
+    Answer {
+        result,
+        vm: vm.to_owned(),
+        patch: record.name.clone(),
+        digest: record.digest.clone(),
+        functions: functions(record),
+        attempts: 0,
+        stop_window_us: report.window.as_secs_f64() * 1e6,
+        stop_us: report.into(),
+        stacks: 0,
+        scanned_stacks: 0,
+        phases_us: watch.phases_us(),
+    }
+}
+
+fn functions(record: &PatchRecord) -> Vec<Function> {
+    let range = |name: &str| {
+        let of_function = |busy: &&vmpatch_patcher::arena::BusyRange| busy.function == name;
+        record
+            .busy_for_apply()
+            .find(of_function)
+            .map(|busy| busy.range)
+    };
+    let sites = record.sites.iter();
+    sites
+        .map(|site| Function {
+            name: site.function.clone(),
+            site: site.at,
+            replaced: range(&site.function),
+        })
+        .collect()
+}
+
+fn text(answer: &Answer) -> String {
+    let names: Vec<_> = answer.functions.iter().map(|it| it.name.as_str()).collect();
+    let stacks = format!(
+        "{} ({} searched word by word)",
+        answer.stacks, answer.scanned_stacks
+    );
+    table::pairs(&[
+        ("functions", names.join(", ")),
+        ("stop window", format!("{:.0} µs", answer.stop_window_us)),
+        ("attempts", answer.attempts.to_string()),
+        ("stacks examined", stacks),
+    ])
+}

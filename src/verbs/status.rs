@@ -1,0 +1,104 @@
+//! `vmpatch status`: which patches a VM has, and whether its memory agrees.
+
+use serde::Serialize;
+use vmpatch_patcher::status::{self, Interrupted, PatchReport, Report, State, Verdict};
+
+use crate::exit::Failure;
+use crate::live::Live;
+use crate::report::{Output, table};
+
+#[derive(Serialize)]
+struct Answer {
+    vm: String,
+    release: String,
+    needs_attention: bool,
+    #[serde(flatten)]
+    report: Report,
+}
+
+/// Asks the guest's text, its manifest and this host's journal.
+pub(crate) fn run(vm: &str, output: &Output) -> Result<(), Failure> {
+    let live = Live::attach(vm)?;
+    let report = status::report(&live.journal(), live.vm(), live.boot());
+    let answer = Answer {
+        vm: vm.to_owned(),
+        release: live.kernel.identity.release.clone(),
+        needs_attention: report.needs_attention(),
+        report,
+    };
+    output.answer(&answer, text);
+    Ok(())
+}
+
+fn text(answer: &Answer) -> String {
+    let mut parts = vec![format!("VM {}, kernel {}", answer.vm, answer.release)];
+    let report = &answer.report;
+    if report.patches.is_empty() {
+        parts.push("no patch was applied since this guest booted".to_owned());
+    } else {
+        let head = ["patch", "state", "functions", "digest"];
+        parts.push(table::table(&head, report.patches.iter().map(row)));
+    }
+    parts.extend(report.interrupted.iter().map(interrupted));
+    parts.extend(report.patches.iter().flat_map(damage));
+    parts.extend(report.stale.iter().map(|patch| {
+        format!(
+            "patch {} went with an earlier boot of this guest",
+            patch.name
+        )
+    }));
+    parts.extend(report.notes.iter().cloned());
+    parts.join("\n")
+}
+
+fn row(patch: &PatchReport) -> [String; 4] {
+    let digest: String = patch.digest.chars().take(12).collect();
+    [
+        patch.name.clone(),
+        state(patch).to_owned(),
+        patch.functions.join(", "),
+        digest,
+    ]
+}
+
+fn state(patch: &PatchReport) -> &'static str {
+    match patch.state {
+        State::Applied if patch.above.is_empty() => "applied",
+        State::Applied => "applied (beneath another)",
+        State::NotApplied => "not applied",
+        State::Damaged => "damaged",
+    }
+}
+
+fn interrupted(open: &Interrupted) -> String {
+    let what = format!(
+        "an {} of patch {} was interrupted",
+        open.operation.verb(),
+        open.patch
+    );
+    let now = match open.verdict {
+        Verdict::Stale => "the guest has booted anew since, so nothing is left of it",
+        Verdict::NotWritten => "nothing of it was written; the guest runs as before",
+        Verdict::InPlace => "all of it was written before that; it holds",
+        Verdict::Damaged => {
+            "the guest's text is neither as before nor as meant; look at it by hand"
+        }
+        Verdict::Unsettled => "the VM could not be stopped to look; ask again",
+    };
+    format!("{what}: {now}")
+}
+
+fn damage(patch: &PatchReport) -> Vec<String> {
+    let line = |it: &status::Damage| {
+        format!(
+            "{} at {} holds {}, neither {} (before {name}) nor {} (its jump)",
+            it.function,
+            it.at,
+            it.found,
+            it.old,
+            it.new,
+            name = patch.name
+        )
+    };
+    patch.damage.iter().map(line).collect()
+}

@@ -1,0 +1,132 @@
+//! What each part's errors mean to whoever called: the one place where they become endings of a verb.
+
+use serde_json::json;
+use vmpatch_introspect::AttachError;
+use vmpatch_introspect::target::{ResumeError, StopError};
+use vmpatch_patcher::apply::{ChangeError, Failure as Unapplied, FailureKind};
+use vmpatch_patcher::arena::ArenaError;
+use vmpatch_patcher::build::BuildError;
+use vmpatch_patcher::journal::JournalError;
+use vmpatch_patcher::link::LinkError;
+use vmpatch_patcher::patch::file::PatchFileError;
+use vmpatch_patcher::rollback::RollbackError;
+use vmpatch_patcher::status::AdmitError;
+use vmpatch_patcher::verify::VerifyError;
+use vmpatch_vmm::client::{CallError, ConnectError};
+use vmpatch_vmm::control::rundir::RunDirError;
+use vmpatch_vmm::machine::MachineError;
+
+use crate::exit::Failure;
+
+impl From<CallError> for Failure {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Refused(_) => Self::refused(error),
+            _ => Self::Unreachable(error.to_string()),
+        }
+    }
+}
+
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Call(error) => error.into(),
+            ConnectError::Protocol { .. } => Self::refused(error),
+            ConnectError::Map(_) | ConnectError::Page(_) => Self::Other(error.into()),
+        }
+    }
+}
+
+impl From<RunDirError> for Failure {
+    fn from(error: RunDirError) -> Self {
+        match error {
+            RunDirError::Taken { .. } => Self::refused(error),
+            RunDirError::Id(_) => Self::Usage(error.to_string()),
+            _ => Self::Other(error.into()),
+        }
+    }
+}
+
+impl From<MachineError> for Failure {
+    fn from(error: MachineError) -> Self {
+        match error {
+            MachineError::Config(_) => Self::Usage(error.to_string()),
+            MachineError::Host(_) => Self::refused(error),
+            _ => Self::Other(error.into()),
+        }
+    }
+}
+
+impl From<StopError> for Failure {
+    fn from(error: StopError) -> Self {
+        match error {
+            StopError::Unreachable(_) => Self::Unreachable(error.to_string()),
+            StopError::Deadline { .. } | StopError::NotRunning(_) => Self::refused(error),
+        }
+    }
+}
+
+impl From<ResumeError> for Failure {
+    fn from(error: ResumeError) -> Self {
+        match error {
+            ResumeError::Unreachable(_) => Self::Unreachable(error.to_string()),
+            ResumeError::LeaseExpired => Self::Other(error.into()),
+        }
+    }
+}
+
+impl From<Unapplied> for Failure {
+    fn from(error: Unapplied) -> Self {
+        let reason = error.to_string();
+        match (error.kind(), error) {
+            (_, Unapplied::Busy { busy, attempts }) => Self::Busy {
+                reason,
+                details: json!({ "attempts": attempts, "busy": busy }),
+            },
+            (FailureKind::Refused, _) => Self::refused(reason),
+            (FailureKind::Unreachable, _) => Self::Unreachable(reason),
+            (FailureKind::Busy | FailureKind::Other, error) => Self::Other(error.into()),
+        }
+    }
+}
+
+impl From<JournalError> for Failure {
+    fn from(error: JournalError) -> Self {
+        Unapplied::from(error).into()
+    }
+}
+
+impl From<BuildError> for Failure {
+    fn from(error: BuildError) -> Self {
+        let reason = error.to_string();
+        match error {
+            BuildError::NothingChanged(report) | BuildError::Refused(report) => Self::Refused {
+                reason,
+                details: json!({ "report": report }),
+            },
+            _ => Self::refused(reason),
+        }
+    }
+}
+
+/// Errors that always mean "refused; nothing was written".
+macro_rules! refused {
+    ($($error:ty),+ $(,)?) => {$(
+        impl From<$error> for Failure {
+            fn from(error: $error) -> Self {
+                Self::refused(error)
+            }
+        }
+    )+};
+}
+
+refused!(
+    AttachError,
+    PatchFileError,
+    AdmitError,
+    LinkError,
+    VerifyError,
+    RollbackError,
+    ChangeError,
+    ArenaError,
+);
