@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::log::Baseline;
-use crate::{Answer, Console, Tool};
+use crate::{Answer, Console, Oracle, Ram, Tool};
 
 /// A guest image as `cargo xtask images` makes it.
 #[derive(Clone, Debug)]
@@ -198,6 +198,36 @@ impl Guest {
     /// No answer within a minute, or it failed.
     pub fn ask(&mut self, command: &str) -> Result<Vec<String>> {
         self.console.ask(command, Duration::from_secs(60))
+    }
+
+    /// The oracle's answers, from a guest booted with `vmpatch.oracle=1` or asked now.
+    ///
+    /// # Errors
+    /// The guest does not answer, or not in the expected form.
+    pub fn oracle(&mut self) -> Result<Oracle> {
+        let lines = self.console.ask("oracle", Duration::from_secs(180))?;
+        Oracle::parse(&lines)
+    }
+
+    /// The guest's memory, read without the product's help.
+    ///
+    /// # Errors
+    /// The process is gone or has no such memory.
+    pub fn ram(&self) -> Result<Ram> {
+        Ram::of_process(self.process.id())
+    }
+
+    /// What `/proc/vmpatch_planted` tells: pid of the planted kthread of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn planted(&mut self, name: &str) -> Result<i64> {
+        let lines = self.ask("cat /proc/vmpatch_planted")?;
+        let pid = lines
+            .iter()
+            .find_map(|l| l.strip_prefix(&format!("thread {name} ")));
+        pid.and_then(|p| p.parse().ok())
+            .with_context(|| format!("no planted kthread {name}"))
     }
 
     /// Oopses and warnings since boot, beyond those of the boot itself.

@@ -5,10 +5,16 @@ mod console;
 mod guest;
 mod log;
 mod oracle;
+mod patch;
+mod ram;
+mod soak;
 mod tool;
 
 pub use console::Console;
 pub use guest::{Boot, Guest, Image};
 pub use log::{Baseline, troubles};
 pub use oracle::Oracle;
+pub use patch::{Side, objects, patch_file};
+pub use ram::{Ram, Snapshot};
+pub use soak::{Soak, SoakReport};
 pub use tool::{Answer, Tool};

@@ -1,18 +1,22 @@
 //! What the guest's own kernel says of its symbols, tasks and stacks, as init's `oracle` prints it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// The guest's own answers.
 #[derive(Clone, Debug, Default)]
 pub struct Oracle {
-    /// How many lines /proc/kallsyms has.
+    /// How many symbols of vmlinux /proc/kallsyms has.
     pub symbols: u64,
-    /// SHA-256 of its sorted lines "address type name".
+    /// SHA-256 of their sorted lines "address type name".
     pub symbols_digest: String,
     /// Addresses of a few symbols.
     pub known: BTreeMap<String, u64>,
+    /// Lines "address type name" of the planted module.
+    pub module_symbols: BTreeSet<String>,
+    /// "code", "rodata", "data", "bss": first and last byte in physical memory.
+    pub ranges: BTreeMap<String, (u64, u64)>,
     /// Thread id and name of every thread.
     pub tasks: BTreeMap<i64, String>,
     /// Frames of planted kthreads by thread id, innermost first, as "function+0xoffset".
@@ -50,6 +54,18 @@ impl Oracle {
                 let name = words.nth(1).context("no name")?;
                 self.known.insert(name.to_owned(), address);
             }
+            "module-symbol" => drop(self.module_symbols.insert(rest.to_owned())),
+            "range" => {
+                let words: Vec<&str> = rest.split(' ').collect();
+                let [name, first, last] = words[..] else {
+                    bail!("not three words")
+                };
+                let range = (
+                    u64::from_str_radix(first, 16)?,
+                    u64::from_str_radix(last, 16)?,
+                );
+                self.ranges.insert(name.to_owned(), range);
+            }
             "task" => {
                 let (tid, name) = rest.split_once(' ').context("no name")?;
                 self.tasks.insert(tid.parse()?, name.to_owned());
@@ -81,6 +97,8 @@ mod tests {
         let lines = [
             "@kallsyms 3 abcd",
             "@symbol ffffffff81000000 T _text",
+            "@module-symbol ffffffffc0000000 t vmp_chain_5",
+            "@range code 01000000 01ffffff",
             "@task 12 kworker/u8:0-events unbound",
             "@stack 149 vmp_sleep|vmp_sleep_inner+0x14/0x20 [planted]|kthread+0xd2/0x100",
             "@oracle-end",
@@ -88,6 +106,8 @@ mod tests {
         let oracle = Oracle::parse(&lines.map(str::to_owned)).unwrap();
         assert_eq!(oracle.symbols, 3);
         assert_eq!(oracle.known["_text"], 0xffff_ffff_8100_0000);
+        assert_eq!(oracle.ranges["code"], (0x100_0000, 0x1ff_ffff));
+        assert_eq!(oracle.module_symbols.len(), 1);
         assert_eq!(oracle.tasks[&12], "kworker/u8:0-events unbound");
         assert_eq!(
             oracle.stacks[&149],

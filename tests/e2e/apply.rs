@@ -1,0 +1,118 @@
+//! A patch goes in and comes out while the guest works.
+
+use std::time::Duration;
+
+use vmpatch_testkit::Side;
+
+use crate::support::{CHANGED, VERSION, assert_changed, assert_no_trouble, boot, patch};
+
+const SOON: Duration = Duration::from_secs(30);
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn a_running_loop_sees_the_change_and_the_way_back() {
+    let mut guest = boot("apply", "vmpatch.loop=/proc/version");
+    let patch = patch(VERSION, Side::Forward);
+    let oracle = guest.oracle().unwrap();
+    let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
+
+    guest
+        .call(&["check", patch.path()])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    assert_eq!(
+        guest.ram().unwrap().snapshot(&oracle).unwrap(),
+        before,
+        "check wrote to the guest"
+    );
+
+    let applied = guest
+        .call(&["apply", patch.path()])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    assert_eq!(applied.json["result"], "applied", "{}", applied.stdout);
+    assert_eq!(applied.json["patch"], VERSION, "{}", applied.stdout);
+    assert!(applied.json["attempts"].as_u64().unwrap() >= 1);
+    assert!(applied.number("stop_window_us").unwrap() > 0.0);
+    assert!(applied.json["phases_us"].is_object(), "{}", applied.stdout);
+    assert!(
+        applied.stdout.contains("version_proc_show"),
+        "{}",
+        applied.stdout
+    );
+    let mark = guest.console.mark();
+    guest
+        .console
+        .wait(mark, SOON, |l| {
+            l.starts_with("@loop ") && l.contains(CHANGED)
+        })
+        .unwrap();
+
+    let status = guest.call(&["status"]).unwrap().expect_code(0).unwrap();
+    assert!(status.stdout.contains(VERSION), "{}", status.stdout);
+
+    let back = guest
+        .call(&["rollback", VERSION])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    assert!(back.number("stop_window_us").unwrap() > 0.0);
+    let mark = guest.console.mark();
+    guest
+        .console
+        .wait(mark, SOON, |l| l.starts_with("@loop Linux version"))
+        .unwrap();
+    let after = guest.ram().unwrap().snapshot(&oracle).unwrap();
+    assert_eq!((after.code, after.rodata), (before.code, before.rodata));
+    assert_no_trouble(&guest);
+}
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn a_patch_is_applied_once() {
+    let mut guest = boot("twice", "");
+    let patch = patch(VERSION, Side::Forward);
+    guest
+        .call(&["apply", patch.path()])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    let oracle = guest.oracle().unwrap();
+    let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
+    let again = guest
+        .call(&["apply", patch.path()])
+        .unwrap()
+        .expect_code(3)
+        .unwrap();
+    assert!(again.stdout.contains("already"), "{}", again.stdout);
+    assert_eq!(guest.ram().unwrap().snapshot(&oracle).unwrap(), before);
+    assert_changed(&mut guest, true);
+    guest
+        .call(&["rollback", VERSION])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    // What was taken out can go in again.
+    guest
+        .call(&["apply", patch.path()])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    assert_changed(&mut guest, true);
+    assert_no_trouble(&guest);
+}
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn a_patch_that_is_not_there_is_not_rolled_back() {
+    let mut guest = boot("absent", "");
+    let answer = guest
+        .call(&["rollback", "no-such-patch"])
+        .unwrap()
+        .expect_code(3)
+        .unwrap();
+    assert!(answer.stdout.contains("no-such-patch"), "{}", answer.stdout);
+    assert_changed(&mut guest, false);
+}

@@ -1,0 +1,55 @@
+//! A function that some kthread never leaves is not replaced.
+
+use vmpatch_testkit::Side;
+
+use crate::support::{PARKED, assert_no_trouble, boot, patch};
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn a_parked_kthread_is_named_and_nothing_is_written() {
+    let mut guest = boot("busy", "");
+    let patch = patch(PARKED, Side::Forward);
+    let pid = guest.planted("vmp_park").unwrap();
+    let oracle = guest.oracle().unwrap();
+    let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
+
+    let answer = guest
+        .call(&["apply", patch.path(), "--timeout", "2s"])
+        .unwrap()
+        .expect_code(4)
+        .unwrap();
+
+    assert_eq!(answer.json["result"], "busy", "{}", answer.stdout);
+    let busy = answer.json["busy"].to_string();
+    assert!(busy.contains("vmp_park"), "{busy}");
+    assert!(busy.contains("msleep_interruptible"), "{busy}");
+    assert!(
+        busy.contains(&pid.to_string()),
+        "{busy} names no task {pid}"
+    );
+    assert!(
+        answer.json["attempts"].as_u64().unwrap() >= 2,
+        "not retried: {}",
+        answer.stdout
+    );
+    assert_eq!(guest.ram().unwrap().snapshot(&oracle).unwrap(), before);
+    assert_no_trouble(&guest);
+}
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn once_nobody_is_parked_there_it_is_replaced() {
+    let mut guest = boot("free", "vmpatch.planted=park=0");
+    let patch = patch(PARKED, Side::Forward);
+    guest
+        .call(&["apply", patch.path()])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    guest
+        .call(&["rollback", PARKED])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    assert_no_trouble(&guest);
+}

@@ -1,0 +1,11 @@
+//! End-to-end tests: the command line against real guests. `cargo xtask test` builds what they need and runs them where stock
+//! kernels can run; alone they are ignored.
+
+mod apply;
+mod busy;
+mod interrupted;
+mod lifecycle;
+mod oracle;
+mod refusals;
+mod soak;
+mod support;

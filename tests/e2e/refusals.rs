@@ -1,0 +1,103 @@
+//! What must not go in does not: each has its own words and exit code, and nothing is written.
+
+use std::fs;
+
+use vmpatch_testkit::{Guest, Oracle, Side, Snapshot};
+
+use crate::support::{
+    VERSION, assert_changed, assert_no_trouble, boot, guest_name, patch, patch_for, tool,
+};
+
+struct Untouched {
+    oracle: Oracle,
+    before: Snapshot,
+}
+
+impl Untouched {
+    fn of(guest: &mut Guest) -> Self {
+        let oracle = guest.oracle().unwrap();
+        let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
+        Self { oracle, before }
+    }
+
+    fn assert(&self, guest: &Guest, after: &str) {
+        assert_eq!(
+            guest.ram().unwrap().snapshot(&self.oracle).unwrap(),
+            self.before,
+            "written after {after}"
+        );
+    }
+}
+
+/// Applies, expects a refusal and returns its reason.
+fn refused(guest: &Guest, patch: &str) -> String {
+    let answer = guest
+        .call(&["apply", patch])
+        .unwrap()
+        .expect_code(3)
+        .unwrap();
+    assert_eq!(answer.json["result"], "refused", "{}", answer.stdout);
+    answer.json["reason"].as_str().unwrap().to_owned()
+}
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn each_unfit_patch_is_refused_for_its_own_reason() {
+    let mut guest = boot("refusals", "");
+    let good = patch(VERSION, Side::Forward);
+    let untouched = Untouched::of(&mut guest);
+    let mut reasons = Vec::new();
+
+    let backward = patch(VERSION, Side::Backward);
+    reasons.push(refused(&guest, backward.path()));
+    untouched.assert(&guest, "a wrong old function");
+
+    let other = if guest_name() == "debian-6.12" {
+        "debian-6.1"
+    } else {
+        "debian-6.12"
+    };
+    let foreign = patch_for(other, VERSION, Side::Forward);
+    reasons.push(refused(&guest, foreign.path()));
+    untouched.assert(&guest, "a patch for another kernel");
+
+    let bytes = fs::read(good.path()).unwrap();
+    let damaged = good.dir.path().join("damaged.vmpatch");
+    fs::write(&damaged, &bytes[..bytes.len() / 2]).unwrap();
+    reasons.push(refused(&guest, damaged.to_str().unwrap()));
+    untouched.assert(&guest, "a truncated file");
+
+    let mut flipped = bytes.clone();
+    flipped[bytes.len() / 2] ^= 0x10;
+    fs::write(&damaged, &flipped).unwrap();
+    reasons.push(refused(&guest, damaged.to_str().unwrap()));
+    untouched.assert(&guest, "a flipped bit");
+
+    for reason in &reasons {
+        eprintln!("refused: {reason}");
+    }
+    let mut distinct = reasons.clone();
+    distinct.sort();
+    distinct.dedup();
+    assert_eq!(distinct.len(), reasons.len(), "{reasons:#?}");
+    // And the good one still goes in.
+    guest
+        .call(&["apply", good.path()])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    assert_changed(&mut guest, true);
+    assert_no_trouble(&guest);
+}
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn a_machine_that_is_not_there_is_not_reached() {
+    let good = patch(VERSION, Side::Forward);
+    let answer = tool()
+        .call(["apply", good.path(), "--vm", "nobody"])
+        .unwrap()
+        .expect_code(5)
+        .unwrap();
+    assert!(answer.stdout.contains("nobody"), "{}", answer.stdout);
+}

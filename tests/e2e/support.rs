@@ -1,0 +1,74 @@
+//! What the tests share: the guest under test, booted; patches for it.
+
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+use vmpatch_testkit::{Boot, Guest, Image, Side, Tool, patch_file};
+
+/// Changes the first line of /proc/version.
+pub(crate) const VERSION: &str = "proc-version";
+/// What the guest's loop shows then.
+pub(crate) const CHANGED: &str = "patched while it runs";
+/// Changes a function that a planted kthread never leaves.
+pub(crate) const PARKED: &str = "msleep-interruptible";
+
+/// Name of the guest under test.
+pub(crate) fn guest_name() -> String {
+    std::env::var("VMPATCH_GUEST").expect("VMPATCH_GUEST is set by cargo xtask test")
+}
+
+/// The tool under test.
+pub(crate) fn tool() -> Tool {
+    Tool::from_env().unwrap()
+}
+
+/// Boots the guest under test, with more on its kernel's command line.
+pub(crate) fn boot(id: &str, cmdline: &str) -> Guest {
+    let image = Image::named(&guest_name()).unwrap();
+    Boot::new(id)
+        .cmdline(cmdline)
+        .start(&tool(), &image)
+        .unwrap()
+}
+
+/// A patch file, with the folder that holds it.
+pub(crate) struct Patch {
+    /// Keeps the file.
+    pub(crate) dir: TempDir,
+    file: PathBuf,
+}
+
+impl Patch {
+    /// Its path.
+    pub(crate) fn path(&self) -> &str {
+        self.file.to_str().unwrap()
+    }
+}
+
+/// Builds a patch for the guest under test.
+pub(crate) fn patch(name: &str, side: Side) -> Patch {
+    patch_for(&guest_name(), name, side)
+}
+
+/// Builds a patch for some guest.
+pub(crate) fn patch_for(guest: &str, name: &str, side: Side) -> Patch {
+    let dir = tempfile::tempdir().unwrap();
+    let file = patch_file(&tool(), guest, name, side, dir.path()).unwrap();
+    Patch { dir, file }
+}
+
+/// The first line of /proc/version, asked of the guest itself.
+pub(crate) fn version(guest: &mut Guest) -> String {
+    guest.ask("cat /proc/version").unwrap().concat()
+}
+
+/// The guest shows the changed behaviour, or does not.
+pub(crate) fn assert_changed(guest: &mut Guest, changed: bool) {
+    let version = version(guest);
+    assert_eq!(version.contains(CHANGED), changed, "{version}");
+}
+
+/// The guest's kernel reports nothing that it did not report at boot.
+pub(crate) fn assert_no_trouble(guest: &Guest) {
+    assert_eq!(guest.troubles(), Vec::<String>::new());
+}

@@ -1,0 +1,62 @@
+//! Patch files made with `vmpatch build` from the objects that xtask compiled.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::Tool;
+
+/// Which object is taken for the old one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// As it is: from old to new.
+    Forward,
+    /// The other way round: claims that the guest runs what it does not run.
+    Backward,
+}
+
+/// Folder with `old.o` and `new.o` of a patch for a guest, below `VMPATCH_OBJECTS`.
+///
+/// # Errors
+/// The variable is not set or there is no such pair.
+pub fn objects(guest: &str, patch: &str) -> Result<PathBuf> {
+    let root = std::env::var_os("VMPATCH_OBJECTS")
+        .context("VMPATCH_OBJECTS is not set; run this by `cargo xtask`")?;
+    let dir = PathBuf::from(root).join(guest).join(patch);
+    dir.canonicalize()
+        .with_context(|| format!("no objects in {}", dir.display()))
+}
+
+/// Builds a patch file in `dir`.
+///
+/// # Errors
+/// `vmpatch build` refuses; the message holds its words.
+pub fn patch_file(
+    tool: &Tool,
+    guest: &str,
+    patch: &str,
+    side: Side,
+    dir: &Path,
+) -> Result<PathBuf> {
+    let objects = objects(guest, patch)?;
+    let (old, new) = match side {
+        Side::Forward => ("old.o", "new.o"),
+        Side::Backward => ("new.o", "old.o"),
+    };
+    let file = dir.join(format!("{patch}.vmpatch"));
+    let mut words: Vec<std::ffi::OsString> = ["build", "--name", patch, "--old"]
+        .iter()
+        .map(Into::into)
+        .collect();
+    words.extend([
+        objects.join(old).into(),
+        "--new".into(),
+        objects.join(new).into(),
+        "--output".into(),
+        file.clone().into(),
+    ]);
+    tool.call(words)?
+        .expect_code(0)
+        .with_context(|| format!("cannot build {patch} for {guest}"))?;
+    Ok(file)
+}
