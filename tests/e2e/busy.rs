@@ -39,7 +39,7 @@ fn a_parked_kthread_is_named_and_nothing_is_written() {
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn once_nobody_is_parked_there_it_is_replaced() {
-    let mut guest = boot("free", "vmpatch.planted=park=0");
+    let guest = boot("free", "vmpatch.planted=park=0");
     let patch = patch(PARKED, Side::Forward);
     guest
         .call(&["apply", patch.path()])

@@ -1,7 +1,5 @@
 //! Every developer command of vmpatch. Each sets up for itself what it needs. Owns nothing that the product uses.
 
-#![allow(dead_code)]
-
 mod apt;
 mod checksum;
 mod commands;
@@ -9,6 +7,7 @@ mod cpio;
 mod dependencies;
 mod host;
 mod images;
+mod inside;
 mod manifest;
 mod objects;
 mod packages;
@@ -18,6 +17,8 @@ mod publish;
 mod readme;
 mod run;
 mod source;
+mod tally;
+mod workbench;
 
 use std::process::ExitCode;
 
@@ -36,6 +37,12 @@ struct Cli {
 enum Task {
     /// Install what the other commands need on this machine
     Setup,
+    /// Boot a stock kernel, patch it while it runs, and take the patch back
+    Demo(commands::demo::DemoArgs),
+    /// Run unit tests, then end-to-end tests against real guests
+    Test(commands::test::TestArgs),
+    /// Apply and roll back many times in one boot of a busy guest
+    Soak(commands::soak::SoakArgs),
     /// Make guest images: kernel, first file system, planted module
     Images(commands::images::ImagesArgs),
     /// Compile the two objects that a test patch is made from
@@ -45,6 +52,9 @@ enum Task {
     Lint,
     /// Run one command in the test host
     Host(commands::host::HostArgs),
+    /// A driver, started by the command of its name with everything prepared
+    #[command(hide = true, subcommand)]
+    Inside(inside::Inside),
 }
 
 fn main() -> ExitCode {
@@ -60,9 +70,13 @@ fn main() -> ExitCode {
 fn dispatch(task: Task) -> Result<i32> {
     match task {
         Task::Setup => commands::setup::tools().map(|_| 0),
+        Task::Demo(args) => commands::demo::run(&args),
+        Task::Test(args) => commands::test::run(&args),
+        Task::Soak(args) => commands::soak::run(&args),
         Task::Images(args) => commands::images::run(&args),
         Task::Lint => commands::lint::run(),
         Task::Objects(args) => commands::objects::run(&args),
         Task::Host(args) => commands::host::run(args),
+        Task::Inside(inside) => inside::run(&inside),
     }
 }

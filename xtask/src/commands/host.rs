@@ -38,11 +38,11 @@ pub(crate) fn run(args: HostArgs) -> Result<i32> {
         out: std::path::absolute(out)?,
         limit: Duration::from_secs(args.limit),
     };
-    let outcome = host::run(&manifest, &job)?;
-    if args.out.is_none() && outcome.code == 0 {
+    let code = host::run(&manifest, &job)?;
+    if args.out.is_none() && code == 0 {
         let _ = std::fs::remove_dir_all(scratch);
     }
-    Ok(outcome.code)
+    Ok(code)
 }
 
 /// Variables that a command finds in the test host.

@@ -1,7 +1,10 @@
 //! One file a developer command.
 
+pub(crate) mod demo;
 pub(crate) mod host;
 pub(crate) mod images;
 pub(crate) mod lint;
 pub(crate) mod objects;
 pub(crate) mod setup;
+pub(crate) mod soak;
+pub(crate) mod test;

@@ -37,15 +37,6 @@ pub(crate) struct Job {
     pub limit: Duration,
 }
 
-/// How a job ended.
-#[derive(Debug)]
-pub(crate) struct Outcome {
-    /// Exit code of the command.
-    pub code: i32,
-    /// Where it ran.
-    pub place: Place,
-}
-
 /// Where a job ran.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -87,15 +78,13 @@ pub(crate) fn place() -> Place {
     }
 }
 
-/// Runs a job to its end, output shown as it comes.
-pub(crate) fn run(manifest: &Manifest, job: &Job) -> Result<Outcome> {
+/// Runs a job to its end, output shown as it comes, and returns the command's exit code.
+pub(crate) fn run(manifest: &Manifest, job: &Job) -> Result<i32> {
     fs::create_dir_all(&job.out).with_context(|| format!("cannot create {}", job.out.display()))?;
-    let place = place();
-    let code = match place {
-        Place::Direct => direct(job)?,
-        Place::TestHost => machine::run(manifest, job)?,
-    };
-    Ok(Outcome { code, place })
+    match place() {
+        Place::Direct => direct(job),
+        Place::TestHost => machine::run(manifest, job),
+    }
 }
 
 fn direct(job: &Job) -> Result<i32> {

@@ -29,21 +29,6 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// The kernel as distributions ship it.
-    pub(crate) fn bzimage(&self) -> PathBuf {
-        self.dir.join("vmlinuz")
-    }
-
-    /// The same kernel as ELF file, without debug information.
-    pub(crate) fn vmlinux(&self) -> PathBuf {
-        self.dir.join("vmlinux")
-    }
-
-    /// Archive with busybox, init and the planted module.
-    pub(crate) fn initrd(&self) -> PathBuf {
-        self.dir.join("initrd")
-    }
-
     /// Kernel release, as `uname -r` prints it.
     pub(crate) fn release(&self) -> Result<String> {
         let path = self.dir.join("release");

@@ -1,0 +1,39 @@
+//! Drivers that run where stock kernels can run: in the test host, or directly. Started by the commands of the same name with
+//! everything prepared; they find it by the variables of [`crate::workbench`].
+
+mod demo;
+mod soak;
+mod stats;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+/// The drivers.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Inside {
+    /// Patch and roll back once, for people to watch
+    Demo {
+        /// The guest
+        guest: String,
+    },
+    /// Patch and roll back many times
+    Soak {
+        /// The guest
+        guest: String,
+        /// How often
+        cycles: u32,
+    },
+}
+
+/// Runs a driver.
+pub(crate) fn run(inside: &Inside) -> Result<i32> {
+    match inside {
+        Inside::Demo { guest } => demo::run(guest),
+        Inside::Soak { guest, cycles } => soak::run(guest, *cycles),
+    }
+}
+
+/// Where this runs, as the report calls it.
+fn place() -> String {
+    std::env::var("VMPATCH_WHERE").unwrap_or_else(|_| "direct".to_owned())
+}
