@@ -2,8 +2,8 @@
 
 mod support;
 
-use support::{Mode, guest, guest_in, kvm, recorder};
-use vmpatch_vmm::vm::{Fault, Outcome};
+use support::{CODE, Mode, guest, guest_in, kvm, recorder, start};
+use vmpatch_vmm::vm::{Fault, Options, Outcome};
 
 #[test]
 fn power_off_and_reset_are_told_apart() {
@@ -53,4 +53,17 @@ fn an_instruction_that_kvm_cannot_emulate_ends_in_a_message() {
     let text = crash.to_string();
     assert_eq!(crash.fault, Fault::Internal { suberror: 1 }, "{text}");
     assert!(text.contains("code at rip: not readable"), "{text}");
+}
+
+#[test]
+fn a_breakpoint_reaches_its_handler_on_every_kvm() {
+    let Some(kvm) = kvm() else { return };
+    // int3; then what is only reached by returning. At 0x10: mov al, 1; out 0xf4, al
+    let mut code = vec![0xcc, 0x0f, 0x0b];
+    code.resize(0x10, 0x90);
+    code.extend([0xb0, 0x01, 0xe6, 0xf4]);
+    let options = Options { assist_int3: true };
+    let mode = Mode::Breakpoint(CODE as u16 + 0x10);
+    let machine = start(&kvm, mode, &code, 1, recorder(), options);
+    assert_eq!(machine.wait(), Outcome::PowerOff);
 }

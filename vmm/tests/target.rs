@@ -2,9 +2,9 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use support::{CODE, Served, guest, kvm, recorder};
+use support::{CODE, Served, eventually, guest, kvm, recorder};
 use vmpatch_introspect::address::Gpa;
 use vmpatch_introspect::target::{
     Edit, PhysicalMemory, ResumeError, StopError, StopRequest, Target, WriteError,
@@ -35,15 +35,6 @@ fn edit(at: Gpa, old: &[u8], new: &[u8]) -> Edit {
 fn holds(memory: &dyn PhysicalMemory, at: Gpa, expected: &[u8]) -> bool {
     let mut found = vec![0; expected.len()];
     memory.read(at, &mut found).is_ok() && found == expected
-}
-
-/// Sleeps until `what` holds; a test that waits in vain fails.
-fn eventually(what: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(5);
-    while !what() {
-        assert!(Instant::now() < end, "it never happened");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use vmpatch_introspect::address::Gpa;
@@ -32,16 +33,16 @@ pub fn kvm() -> Option<Kvm> {
     kvm.ok()
 }
 
-/// What a port write sets off.
-pub type Call = Box<dyn FnMut(u64, &[u8]) + Send>;
+/// What an access sets off.
+pub type Call = Box<dyn FnMut() + Send>;
 
 /// Devices that remember what was written and answer every read with the count of reads so far.
 #[derive(Default)]
 pub struct Recorder {
     pub written: Vec<u8>,
     pub reads: u8,
-    /// Called on every write, on the vCPU's thread.
-    pub on_write: Option<Call>,
+    /// Called on every access, on the vCPU's thread.
+    pub on_access: Option<Call>,
 }
 
 /// The recorder, as the bus and the test share it.
@@ -51,16 +52,23 @@ pub fn recorder() -> Shared {
     Arc::default()
 }
 
+impl Recorder {
+    fn accessed(&mut self) {
+        if let Some(call) = self.on_access.as_mut() {
+            call();
+        }
+    }
+}
+
 impl Device for Recorder {
     fn read(&mut self, _: u64, data: &mut [u8]) {
+        self.accessed();
         data.fill(self.reads);
         self.reads = self.reads.wrapping_add(1);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
-        if let Some(call) = self.on_write.as_mut() {
-            call(offset, data);
-        }
+        self.accessed();
         self.written.extend_from_slice(data);
         match offset {
             OFF_PORT => Effect::PowerOff,
@@ -77,7 +85,13 @@ pub enum Mode {
     Real,
     /// 32 bits, flat segments, no paging, an empty interrupt table.
     Protected,
+    /// The same with a handler for #BP at this address.
+    Breakpoint(u16),
 }
+
+/// Where descriptor tables lie, below the code.
+const GDT: u64 = 0x500;
+const IDT: u64 = 0x600;
 
 /// A guest whose boot vCPU runs `code` in real mode, with `vcpus` vCPUs in all.
 pub fn guest(kvm: &Kvm, code: &[u8], vcpus: u32, devices: Shared) -> Arc<Running> {
@@ -99,6 +113,16 @@ pub fn start(
 ) -> Arc<Running> {
     let memory = GuestMemory::new(Layout::new(RAM, 40).unwrap()).unwrap();
     memory.write(Gpa(CODE), code).unwrap();
+    if let Mode::Breakpoint(handler) = mode {
+        // Flat code and data segments; a 32-bit interrupt gate for vector 3.
+        for (at, entry) in [
+            (GDT + 8, 0x00cf_9b00_0000_ffff),
+            (GDT + 16, 0x00cf_9300_0000_ffff),
+            (IDT + 3 * 8, 0x8e00_0008_0000 | u64::from(handler)),
+        ] {
+            memory.write(Gpa(at), &u64::to_le_bytes(entry)).unwrap();
+        }
+    }
     let mut vm = Vm::new(kvm, memory, options).unwrap();
     for index in 0..vcpus {
         let vcpu = vm.add_vcpu().unwrap();
@@ -117,12 +141,16 @@ fn set_up(vcpu: &kvm_ioctls::VcpuFd, mode: Mode) {
     let mut sregs = vcpu.get_sregs().unwrap();
     sregs.cs.base = 0;
     sregs.cs.selector = 0;
-    if let Mode::Protected = mode {
+    if let Mode::Protected | Mode::Breakpoint(_) = mode {
         sregs.cr0 |= 1;
         sregs.cs = flat(0xb, 8);
         let data = flat(0x3, 16);
         (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
         sregs.idt.limit = 0;
+    }
+    if let Mode::Breakpoint(_) = mode {
+        (sregs.gdt.base, sregs.gdt.limit) = (GDT, 23);
+        (sregs.idt.base, sregs.idt.limit) = (IDT, 31);
     }
     vcpu.set_sregs(&sregs).unwrap();
     let mut regs = vcpu.get_regs().unwrap();
@@ -144,6 +172,23 @@ fn flat(kind: u8, selector: u16) -> kvm_bindings::kvm_segment {
         s: 1,
         g: 1,
         ..Default::default()
+    }
+}
+
+/// 32-bit code that starts every other vCPU at 16-bit address 0x2000, and then goes on.
+pub const START_OTHERS: [u8; 20] = [
+    // mov dword [0xfee00300], INIT to all but self
+    0xc7, 0x05, 0x00, 0x03, 0xe0, 0xfe, 0x00, 0x45, 0x0c, 0x00, //
+    // mov dword [0xfee00300], start-up IPI with vector 2
+    0xc7, 0x05, 0x00, 0x03, 0xe0, 0xfe, 0x02, 0x46, 0x0c, 0x00,
+];
+
+/// Sleeps until `what` holds; a test that waits in vain fails.
+pub fn eventually(what: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !what() {
+        assert!(Instant::now() < end, "it never happened");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
