@@ -5,6 +5,7 @@
 //! MachineConfig ──build──▶ Machine ──start──▶ RunningMachine ──wait──▶ Outcome
 //! ```
 
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -25,8 +26,7 @@ use crate::vm::{Crash, Fault, Options, Outcome, Running, Vm, VmError};
 #[derive(Debug)]
 pub struct Machine {
     vm: Vm,
-    bus: Arc<Bus>,
-    console: Console,
+    devices: Devices,
     kind: Kind,
 }
 
@@ -87,11 +87,10 @@ impl Machine {
         for index in 0..config.vcpus {
             ready.set_vcpu(&host, vm.add_vcpu()?, index)?;
         }
-        let (bus, console) = devices(&vm, config)?;
+        let devices = Devices::attach(&vm, config)?;
         Ok(Self {
             vm,
-            bus: Arc::new(bus),
-            console,
+            devices,
             kind: host.kind(),
         })
     }
@@ -99,36 +98,63 @@ impl Machine {
     /// Lets it run.
     ///
     /// # Errors
-    /// [`VmError`] where the host gives no thread.
-    pub fn start(self) -> Result<RunningMachine, VmError> {
-        let running = self.vm.start(self.bus)?;
+    /// [`MachineError`] where the host gives no thread.
+    pub fn start(self) -> Result<RunningMachine, MachineError> {
+        let Devices {
+            bus,
+            com1,
+            mut console,
+        } = self.devices;
+        let running = self.vm.start(Arc::new(bus))?;
+        let machine = Arc::downgrade(&running);
+        let quit = move || {
+            if let Some(machine) = machine.upgrade() {
+                machine.terminate();
+            }
+        };
+        console.connect(com1, Box::new(quit))?;
         Ok(RunningMachine {
             running,
-            console: self.console,
+            console,
             kind: self.kind,
         })
     }
 }
 
-/// Every device in its place, COM1's two ends joined.
-fn devices(vm: &Vm, config: &MachineConfig) -> Result<(Bus, Console), MachineError> {
-    let mut bus = Bus::default();
-    let mut console = Console::open(&config.console)?;
-    let (com1, line) = Com1::new(console.output()).map_err(MachineError::Interrupt)?;
-    vm.fd()
-        .register_irqfd(&line, Com1::IRQ.into())
-        .map_err(|error| MachineError::Interrupt(error.into()))?;
-    let com1 = shared(com1);
-    bus.attach_ports(Com1::PORT, Com1::SIZE, Arc::clone(&com1))?;
-    console.connect(com1)?;
-    bus.attach_ports(
-        PM1A_PORT,
-        PowerManagement::SIZE,
-        shared(PowerManagement::new()),
-    )?;
-    bus.attach_ports(ResetControl::PORT, 1, shared(ResetControl::default()))?;
-    bus.attach_ports(I8042::PORT, 1, shared(I8042))?;
-    Ok((bus, console))
+/// Every device in its place, and the host's side of COM1.
+struct Devices {
+    bus: Bus,
+    com1: Shared<Com1>,
+    console: Console,
+}
+
+impl fmt::Debug for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Devices")
+            .field("bus", &self.bus)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Devices {
+    fn attach(vm: &Vm, config: &MachineConfig) -> Result<Self, MachineError> {
+        let mut bus = Bus::default();
+        let console = Console::open(&config.console)?;
+        let (com1, line) = Com1::new(console.output()).map_err(MachineError::Interrupt)?;
+        vm.fd()
+            .register_irqfd(&line, Com1::IRQ.into())
+            .map_err(|error| MachineError::Interrupt(error.into()))?;
+        let com1 = shared(com1);
+        bus.attach_ports(Com1::PORT, Com1::SIZE, Arc::clone(&com1))?;
+        bus.attach_ports(
+            PM1A_PORT,
+            PowerManagement::SIZE,
+            shared(PowerManagement::new()),
+        )?;
+        bus.attach_ports(ResetControl::PORT, 1, shared(ResetControl::default()))?;
+        bus.attach_ports(I8042::PORT, 1, shared(I8042))?;
+        Ok(Self { bus, com1, console })
+    }
 }
 
 fn shared<D>(device: D) -> Shared<D> {
@@ -175,8 +201,8 @@ pub struct Finished {
     kind: Kind,
 }
 
-impl std::fmt::Display for Finished {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Finished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.outcome.fmt(f)?;
         match hint(&self.outcome, self.kind) {
             Some(hint) => write!(f, "\n  hint: {hint}"),

@@ -6,28 +6,22 @@
 //! vCPU ◀─ Com1 ◀────────── reader thread ◀─ stdin  │  –   │ pty
 //! ```
 
-use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
+use super::input::{Input, Quit, Reader};
+use super::output::{Queue, QueueWriter};
 use super::serial::{Com1, Output};
 use super::tty::{self, RawMode};
 use crate::bus::Shared;
 use crate::config::ConsoleKind;
 
-/// Bytes of output kept for a slow reader; what comes on top is lost, as on a serial line.
-const QUEUE_LIMIT: usize = 1 << 20;
 /// How long the end of a machine waits for the last output to be taken.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
-/// How often a guest that reads no input is offered it again.
-const INPUT_RETRY: Duration = Duration::from_millis(50);
 
 /// The host's side of a guest's console. Dropping it writes the last output and restores the terminal.
 #[derive(Debug)]
@@ -68,13 +62,7 @@ impl Console {
     /// [`ConsoleError`].
     pub fn open(kind: &ConsoleKind) -> Result<Self, ConsoleError> {
         let ends = Ends::open(kind)?;
-        let queue = Arc::new(Queue::default());
-        let drain = Arc::clone(&queue);
-        let output = ends.output;
-        thread::Builder::new()
-            .name("console-out".into())
-            .spawn(move || drain.write_to(output))
-            .map_err(host("a thread"))?;
+        let queue = Queue::start(ends.output).map_err(host("a thread"))?;
         Ok(Self {
             queue,
             input: ends.input,
@@ -96,13 +84,14 @@ impl Console {
         self.path.as_deref()
     }
 
-    /// Starts to give input to `com1`.
+    /// Starts to give input to `com1`. Where it is typed at a terminal, Ctrl-] calls `quit`.
     ///
     /// # Errors
     /// The host has no thread or descriptor left.
-    pub fn connect(&mut self, com1: Shared<Com1>) -> Result<(), ConsoleError> {
+    pub fn connect(&mut self, com1: Shared<Com1>, quit: Quit) -> Result<(), ConsoleError> {
         if let Some(input) = self.input.take() {
-            self.reader = Some(Reader::start(input, com1)?);
+            let reader = Reader::start(input, com1, quit).map_err(host("a thread"))?;
+            self.reader = Some(reader);
         }
         Ok(())
     }
@@ -117,14 +106,6 @@ impl Drop for Console {
 
 fn host(what: &'static str) -> impl Fn(io::Error) -> ConsoleError {
     move |source| ConsoleError::Host { what, source }
-}
-
-/// What input comes from.
-#[derive(Debug)]
-struct Input {
-    file: File,
-    /// Keeps the far side of a pseudo-terminal open: else reads fail while nobody is connected.
-    _far_side: Option<File>,
 }
 
 /// The host's files behind one kind of console.
@@ -151,6 +132,7 @@ impl Ends {
         let input = Some(Input {
             file: File::from(input),
             _far_side: None,
+            typed: raw.is_some(),
         });
         Ok(Self {
             output: File::from(duplicate(&io::stdout())?),
@@ -179,6 +161,7 @@ impl Ends {
         let input = Some(Input {
             file: pty.master,
             _far_side: Some(pty.held),
+            typed: false,
         });
         Ok(Self {
             output,
@@ -189,166 +172,15 @@ impl Ends {
     }
 }
 
-/// Output on its way: filled by vCPUs without waiting, emptied by the writer thread.
-#[derive(Debug, Default)]
-struct Queue {
-    state: Mutex<QueueState>,
-    changed: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct QueueState {
-    bytes: VecDeque<u8>,
-    closed: bool,
-    /// The writer has written all there was, after the close.
-    finished: bool,
-}
-
-impl Queue {
-    fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn push(&self, bytes: &[u8]) {
-        let mut state = self.lock();
-        let room = QUEUE_LIMIT
-            .saturating_sub(state.bytes.len())
-            .min(bytes.len());
-        let idle = state.bytes.is_empty();
-        state.bytes.extend(bytes.iter().take(room));
-        if idle {
-            self.changed.notify_all();
-        }
-    }
-
-    /// The next bytes to write, when there are any; `None` after the close.
-    fn next(&self) -> Option<Vec<u8>> {
-        let mut state = self.lock();
-        while state.bytes.is_empty() && !state.closed {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        let bytes: Vec<u8> = state.bytes.drain(..).collect();
-        (!bytes.is_empty()).then_some(bytes)
-    }
-
-    fn write_to(&self, mut output: File) {
-        while let Some(bytes) = self.next() {
-            if let Err(error) = output.write_all(&bytes) {
-                tracing::warn!(%error, "the console's output is lost from here on");
-                break;
-            }
-        }
-        self.lock().finished = true;
-        self.changed.notify_all();
-    }
-
-    /// Takes no more, and waits until all is written or `limit` has passed.
-    fn close(&self, limit: Duration) {
-        let mut state = self.lock();
-        state.closed = true;
-        self.changed.notify_all();
-        drop(
-            self.changed
-                .wait_timeout_while(state, limit, |state| !state.finished),
-        );
-    }
-}
-
-struct QueueWriter(Arc<Queue>);
-
-impl Write for QueueWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.push(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// The thread that gives input to COM1; dropping it ends the thread.
-#[derive(Debug)]
-struct Reader {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Reader {
-    fn start(input: Input, com1: Shared<Com1>) -> Result<Self, ConsoleError> {
-        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("an event"))?;
-        let stop = Arc::new(stop);
-        let stopped = Arc::clone(&stop);
-        let thread = thread::Builder::new()
-            .name("console-in".into())
-            .spawn(move || feed_all(input, &com1, &stopped))
-            .map_err(host("a thread"))?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        // A reader that cannot be told is left alone rather than waited for.
-        let told = self.stop.write(1).is_ok();
-        if let Some(thread) = self.thread.take()
-            && told
-        {
-            drop(thread.join());
-        }
-    }
-}
-
-/// Gives all input to `com1` until the input ends or `stopped` is written to.
-fn feed_all(mut input: Input, com1: &Shared<Com1>, stopped: &EventFd) {
-    let mut bytes = [0; 64];
-    loop {
-        match tty::wait_readable(input.file.as_raw_fd(), stopped.as_raw_fd()) {
-            Ok((_, true)) | Err(_) => return,
-            Ok((false, _)) => continue,
-            Ok((true, _)) => {}
-        }
-        let read = match input.file.read(&mut bytes) {
-            Ok(0) => return,
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return,
-        };
-        if !feed(bytes.get(..read).unwrap_or_default(), com1, stopped) {
-            return;
-        }
-    }
-}
-
-/// Gives all of `bytes`, waiting for the guest to read; `false` when told to stop before.
-fn feed(mut bytes: &[u8], com1: &Shared<Com1>, stopped: &EventFd) -> bool {
-    while !bytes.is_empty() {
-        let mut uart = com1.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = uart.feed(bytes);
-        let drained = uart.drained();
-        drop(uart);
-        bytes = bytes.get(taken..).unwrap_or_default();
-        if taken == 0 {
-            drained.wait(INPUT_RETRY);
-            if stopped.read().is_ok() {
-                return false;
-            }
-        }
-    }
-    true
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bus::Device;
+    use crate::devices::output::QUEUE_LIMIT;
     use std::fs::{self, OpenOptions};
+    use std::io::{Read, Write};
+    use std::sync::Mutex;
+    use std::thread;
     use std::time::Instant;
 
     #[test]
@@ -377,7 +209,7 @@ mod tests {
         let mut console = Console::open(&ConsoleKind::Pty).unwrap();
         let (com1, _line) = Com1::new(console.output()).unwrap();
         let com1 = Arc::new(Mutex::new(com1));
-        console.connect(Arc::clone(&com1)).unwrap();
+        console.connect(Arc::clone(&com1), Box::new(|| ())).unwrap();
         let path = console.path().unwrap();
         let mut user = OpenOptions::new()
             .read(true)

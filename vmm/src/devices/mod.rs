@@ -5,10 +5,13 @@
 //! that the rest is absent. PIT, PIC, IOAPIC and local APICs are KVM's own.
 
 pub mod console;
+mod input;
+mod output;
 pub mod power;
 pub mod serial;
 mod tty;
 
 pub use console::{Console, ConsoleError};
+pub use input::Quit;
 pub use power::{I8042, PowerManagement, ResetControl};
 pub use serial::Com1;

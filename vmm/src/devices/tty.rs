@@ -126,3 +126,35 @@ fn check(result: libc::c_int) -> io::Result<()> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn echoes(tty: &File) -> bool {
+        attributes(tty).unwrap().c_lflag & libc::ECHO != 0
+    }
+
+    #[test]
+    fn raw_mode_ends_with_its_guard() {
+        let pty = open_pty().unwrap();
+        let mut cooked = attributes(&pty.held).unwrap();
+        cooked.c_lflag |= libc::ECHO | libc::ICANON | libc::ISIG;
+        set_attributes(&pty.held, &cooked).unwrap();
+        let raw = RawMode::enter(pty.held.try_clone().unwrap().into()).unwrap();
+        assert!(!echoes(&pty.held));
+        drop(raw);
+        assert!(echoes(&pty.held));
+        assert_eq!(
+            attributes(&pty.held).unwrap().c_lflag,
+            cooked.c_lflag,
+            "everything else is as before too"
+        );
+    }
+
+    #[test]
+    fn what_is_no_terminal_is_left_alone() {
+        let null = File::open("/dev/null").unwrap();
+        assert!(RawMode::enter(null.into()).is_none());
+    }
+}
