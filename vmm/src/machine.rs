@@ -244,6 +244,7 @@ fn at_reset(crash: &Crash) -> bool {
 mod tests {
     use super::*;
     use crate::boot::map::PAGE_TABLES;
+    use crate::boot::testing;
     use crate::config::ConsoleKind;
     use vmpatch_introspect::address::Gpa;
     use vmpatch_introspect::target::PhysicalMemory;
@@ -261,23 +262,10 @@ mod tests {
         }
     }
 
-    /// A vmlinux that is a few instructions: what the boot code hands over, then power-off.
+    /// A vmlinux that is a few instructions.
     fn image(code: &[u8]) -> tempfile::NamedTempFile {
-        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
-        elf.resize(16, 0);
-        elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-        elf.extend([0x100_0000_u64, 64, 0].map(u64::to_le_bytes).concat());
-        elf.extend([0, 0, 64, 56, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
-        elf.extend([1, 5].map(u32::to_le_bytes).concat());
-        let size = code.len() as u64;
-        elf.extend(
-            [120, 0x100_0000, 0x100_0000, size, size, 0]
-                .map(u64::to_le_bytes)
-                .concat(),
-        );
-        elf.extend(code);
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), elf).unwrap();
+        std::fs::write(file.path(), testing::vmlinux(code, 0x100_0000, 0)).unwrap();
         file
     }
 

@@ -325,6 +325,7 @@ fn vmlinux_header() -> setup_header {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::testing;
     use crate::memory::Layout;
     use std::fs;
     use vmpatch_introspect::target::PhysicalMemory;
@@ -362,21 +363,8 @@ mod tests {
         image
     }
 
-    /// An ELF executable with one segment of four bytes that wants `memory` bytes.
     fn vmlinux(entry: u64, memory: u64) -> Vec<u8> {
-        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
-        elf.resize(16, 0);
-        elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-        elf.extend([entry, 64, 0].map(u64::to_le_bytes).concat());
-        elf.extend([0, 0, 64, 56, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
-        elf.extend([1, 5].map(u32::to_le_bytes).concat());
-        elf.extend(
-            [120, 0x100_0000, 0x100_0000, 4, memory, 0]
-                .map(u64::to_le_bytes)
-                .concat(),
-        );
-        elf.extend(b"code");
-        elf
+        testing::vmlinux(b"code", entry, memory)
     }
 
     #[test]

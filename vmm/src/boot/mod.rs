@@ -13,6 +13,8 @@ pub mod initrd;
 pub mod map;
 pub mod params;
 pub mod registers;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::path::Path;
 
