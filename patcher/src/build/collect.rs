@@ -5,10 +5,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::compare::Verdict;
+use super::instructions::{Flow, Instructions};
 use super::key::{self, Key, Names, is_numbered_constant};
 use super::pair::Pairs;
 use super::policy;
-use super::reference::{Reference, Target};
+use super::reference::{Reference, Target, references_in_code};
 use super::report::{Brought, BuildReport, Refused};
 use super::side::Side;
 use super::site::{self, Resolver};
@@ -18,6 +19,10 @@ use crate::patch::{Section, SectionKind};
 
 /// Most bytes of one new variable: the arena has 4 MiB in all.
 const MAX_VARIABLE_BYTES: u64 = 1 << 20;
+
+/// What `static_cpu_has` does before alternatives are applied (Linux v6.12
+/// arch/x86/include/asm/cpufeature.h).
+const AUXILIARY: &str = ".altinstr_aux";
 
 /// Something brought along, each a section of its own in the patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,6 +37,8 @@ pub(super) enum Thing {
     Constant(SectionId, u64),
     /// A whole section without names.
     Whole(SectionId),
+    /// Code that belongs to no function: what `.altinstr_aux` has for one place, start and end.
+    Auxiliary(SectionId, u64, u64),
 }
 
 /// The patch in the making.
@@ -88,6 +95,7 @@ impl<'a> Collector<'a> {
             let section = self.placed[&thing] as usize;
             match thing {
                 Thing::Function(function) => self.fill_function(section, function),
+                Thing::Auxiliary(..) => self.fill_auxiliary(section, thing),
                 _ => self.fill_data(section, thing),
             }
         }
@@ -118,6 +126,7 @@ impl<'a> Collector<'a> {
                 (section, start, start.saturating_add(size))
             }
             Thing::Whole(section) => (section, 0, self.new.object.section(section).size),
+            Thing::Auxiliary(section, start, end) => (section, start, end),
         }
     }
 
@@ -206,7 +215,9 @@ impl<'a> Collector<'a> {
             self.refuse(function, None, "its size is not given");
         }
         for entry in &new.entries[function] {
-            let Some(reason) = policy::refused_entry(&entry.special) else {
+            let instruction = new.code[function].instructions.at(entry.offset);
+            let len = instruction.map_or(0, |it| it.end - it.start);
+            let Some(reason) = policy::refused_entry(&entry.special, len) else {
                 continue;
             };
             let section = new.object.section(entry.table).name.clone();
@@ -229,6 +240,19 @@ impl<'a> Collector<'a> {
             offset,
             reason: reason.to_owned(),
         });
+    }
+
+    fn fill_auxiliary(&mut self, section: usize, thing: Thing) {
+        let (id, start, end) = self.extent(thing);
+        let references =
+            references_in_code(&self.new.object, &self.new.inventory, id, (start, end));
+        let mut resolver = NewResolver {
+            collector: self,
+            function: None,
+        };
+        resolver.refuse_unknown_kinds(&references);
+        let relocations = site::relocations(&references, |_| true, &mut resolver);
+        self.sections[section].relocations = relocations;
     }
 
     fn fill_data(&mut self, section: usize, thing: Thing) {
@@ -262,6 +286,7 @@ impl<'a> Collector<'a> {
         match (thing, self.new.object.section(id).flags.write) {
             (Thing::Function(_), _) => "function",
             (Thing::Text(..), _) => "string",
+            (Thing::Auxiliary(..), _) => "code",
             (_, true) => "variable",
             (_, false) => "constant",
         }
@@ -279,7 +304,9 @@ impl<'a> Collector<'a> {
             Thing::Constant(section, offset) => {
                 format!("{}+{offset:#x}", self.new.object.section(section).name)
             }
-            Thing::Whole(section) => self.new.object.section(section).name.clone(),
+            Thing::Whole(section) | Thing::Auxiliary(section, ..) => {
+                self.new.object.section(section).name.clone()
+            }
         }
     }
 }
@@ -431,17 +458,32 @@ impl NewResolver<'_, '_> {
     fn place(&mut self, section: SectionId, offset: i64) -> Option<(u32, i64)> {
         let home = self.collector.new.object.section(section);
         if home.flags.exec {
-            // The jump to it is an alternative, which says more of it where it is refused.
-            if home.name != ".altinstr_aux" {
+            let auxiliary = self
+                .auxiliary(section, offset)
+                .filter(|_| home.name == AUXILIARY);
+            if auxiliary.is_none() {
                 self.refuse(&home.name, "it refers to code that belongs to no function");
             }
-            return None;
+            return Some((self.own(auxiliary?), 0));
         }
         if home.flags.write || policy::new_data(&home.name).is_err() {
             self.refuse(&home.name, "it refers to data without a name");
             return None;
         }
         Some((self.own(Thing::Whole(section)), offset))
+    }
+
+    /// The test of a CPU feature that runs until alternatives are applied ends with its first plain jump.
+    fn auxiliary(&self, section: SectionId, offset: i64) -> Option<Thing> {
+        let start = u64::try_from(offset).ok()?;
+        let home = self.collector.new.object.section(section);
+        let code = Instructions::decode(home.range(start, home.size)?);
+        let last = code.iter().find(|it| it.flow == Flow::Jump)?;
+        Some(Thing::Auxiliary(
+            section,
+            start,
+            start.checked_add(last.end)?,
+        ))
     }
 
     fn refuse_unknown_kinds(&mut self, references: &[Reference]) {

@@ -199,8 +199,9 @@ fn representative(symbols: &[(SymbolId, &Symbol)]) -> String {
     let globals = symbols
         .iter()
         .filter(|(_, it)| it.global)
-        .map(|(_, it)| &it.name)
-        .min();
+        .map(|(_, it)| &it.name);
+    // One function can be the system call of both ABIs; its native name is the better known.
+    let globals = globals.min_by_key(|name| (name.starts_with("__ia32_"), *name));
     let first = symbols.first().map(|(_, it)| &it.name);
     globals.or(first).cloned().unwrap_or_default()
 }

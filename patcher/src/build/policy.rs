@@ -92,31 +92,27 @@ pub(super) fn is_no_data(section: &str) -> bool {
     TABLES.contains(&section) || PREFIXES.iter().any(|it| section.starts_with(it))
 }
 
-/// Why new code with such an entry cannot be brought yet, and what can be done; `None` if it can.
-pub(super) fn refused_entry(special: &Special) -> Option<String> {
+/// Why new code with such an entry cannot be brought yet, and what can be done; `None` if it can. `len` is
+/// the length in bytes of the instruction the entry stands for.
+pub(super) fn refused_entry(special: &Special, len: u64) -> Option<String> {
     match special {
-        // The prefix stays: it is right on every machine.
-        Special::LockPrefix => None,
-        Special::Alternative { feature, .. } => Some(format!(
-            "new code with alternative instructions (CPU feature {}*32+{}) cannot be linked yet",
-            feature / 32,
-            feature % 32
-        )),
-        Special::JumpLabel { .. } => {
-            Some("new code with a static-key branch cannot be linked yet".to_owned())
+        // The prefix stays, which is right on every machine; the rest is done by linking as boot does it.
+        Special::LockPrefix
+        | Special::Alternative { .. }
+        | Special::Paravirt { .. }
+        | Special::RuntimeConstant { .. } => None,
+        Special::JumpLabel { .. } if len == 5 => None,
+        Special::JumpLabel { .. } => Some(
+            "a static-key branch of two bytes in new code has no room for a jump; build the objects with \
+             static-key branches of five bytes"
+                .to_owned(),
+        ),
+        Special::Bug { file, line, .. } => {
+            Some(format!("new code with the WARN or BUG of {file}:{line} cannot be brought yet"))
         }
-        Special::Bug { file, line, .. } => Some(format!(
-            "new code with the WARN or BUG of {file}:{line} cannot be linked yet"
-        )),
         Special::Exception { .. } => {
-            Some("new code with an access that may fault cannot be linked yet".to_owned())
+            Some("new code with an access that may fault cannot be brought yet".to_owned())
         }
-        Special::Paravirt { .. } => {
-            Some("new code with a paravirt call cannot be linked yet".to_owned())
-        }
-        Special::RuntimeConstant { name, .. } => Some(format!(
-            "new code with the runtime constant {name} cannot be linked yet"
-        )),
         Special::Unknown => Some("nothing is known of this section".to_owned()),
     }
 }

@@ -1,6 +1,7 @@
 //! What a field of an object refers to, as a thing and a distance rather than as a section and an offset.
 //! Owns that translation.
 
+use super::instructions::Instructions;
 use super::inventory::Inventory;
 use crate::object::{Home, Kind, Object, Relocation, SectionId, SymbolId, SymbolKind};
 
@@ -135,4 +136,53 @@ pub(super) fn place(
         };
     }
     Target::Place { section, offset }
+}
+
+/// Relative fields count from the end of their instruction, which an immediate may keep apart from the
+/// field.
+pub(super) fn bias_of(instructions: &Instructions, offset: u64, kind: Kind) -> i64 {
+    if !kind.is_relative() {
+        return 0;
+    }
+    let end = instructions.at(offset).map(|it| it.end);
+    end.and_then(|end| end.checked_sub(offset))
+        .map_or(4, u64::cast_signed)
+}
+
+/// The relocated fields of code in a part of a section, offsets from its start.
+pub(super) fn references_in_code(
+    object: &Object,
+    inventory: &Inventory,
+    section: SectionId,
+    (start, end): (u64, u64),
+) -> Vec<Reference> {
+    let home = object.section(section);
+    let instructions = Instructions::decode(home.range(start, end).unwrap_or_default());
+    references_of(
+        object,
+        inventory,
+        home.relocations_in(start, end),
+        (start, &instructions),
+    )
+}
+
+/// Relocations as references, offsets from `start`, where the instructions begin.
+pub(super) fn references_of(
+    object: &Object,
+    inventory: &Inventory,
+    relocations: &[Relocation],
+    (start, instructions): (u64, &Instructions),
+) -> Vec<Reference> {
+    let made = relocations.iter().map(|it| {
+        let offset = it.offset.wrapping_sub(start);
+        let bias = bias_of(instructions, offset, it.kind);
+        let target = target_of(object, inventory, it, bias);
+        Reference {
+            offset,
+            kind: it.kind,
+            bias,
+            target,
+        }
+    });
+    made.collect()
 }

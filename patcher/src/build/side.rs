@@ -4,9 +4,9 @@
 use super::BuildError;
 use super::instructions::{Instruction, Instructions};
 use super::inventory::{Function, Inventory, Variable};
-use super::reference::{Reference, Target, place, target_of};
+use super::reference::{Reference, Target, place, references_of, target_of};
 use super::special::{self, Entry};
-use crate::object::{Kind, Object, Relocation, Section, SectionId};
+use crate::object::{Kind, Object, Section, SectionId};
 
 /// One object, looked at from all sides.
 #[derive(Debug)]
@@ -132,21 +132,18 @@ fn bytes_of<'a>(object: &'a Object, function: &Function) -> &'a [u8] {
 fn view(object: &Object, inventory: &Inventory, function: &Function) -> CodeView {
     let instructions = Instructions::decode(bytes_of(object, function));
     let section = object.section(function.section);
+    let relocations = section.relocations_in(function.start, function.end);
+    let references = references_of(
+        object,
+        inventory,
+        relocations,
+        (function.start, &instructions),
+    );
     let mut view = CodeView {
         instructions,
-        ..CodeView::default()
+        references,
+        short_exit: None,
     };
-    for relocation in section.relocations_in(function.start, function.end) {
-        let offset = relocation.offset - function.start;
-        let bias = bias_of(&view.instructions, offset, relocation);
-        let target = target_of(object, inventory, relocation, bias);
-        view.references.push(Reference {
-            offset,
-            kind: relocation.kind,
-            bias,
-            target,
-        });
-    }
     let unrelocated: Vec<_> = view
         .instructions
         .iter()
@@ -162,17 +159,6 @@ fn view(object: &Object, inventory: &Inventory, function: &Function) -> CodeView
     view.references.extend(added);
     view.references.sort_by_key(|it| it.offset);
     view
-}
-
-/// Relative fields count from the end of their instruction, which an immediate may keep apart from the
-/// field.
-fn bias_of(instructions: &Instructions, offset: u64, relocation: &Relocation) -> i64 {
-    if !relocation.kind.is_relative() {
-        return 0;
-    }
-    let end = instructions.at(offset).map(|it| it.end);
-    end.and_then(|end| end.checked_sub(offset))
-        .map_or(4, u64::cast_signed)
 }
 
 /// Whether an instruction leads out of its function without a relocation: assemblers settle what lies in

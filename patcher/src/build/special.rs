@@ -5,9 +5,8 @@
 //! runtime-const}.h. Sizes that differ between versions are told by how far apart the relocations are.
 
 use super::BuildError;
-use super::instructions::Instructions;
 use super::inventory::Inventory;
-use super::reference::{Reference, Target, target_of};
+use super::reference::{Reference, Target, references_in_code, target_of};
 use crate::object::{Home, Object, Relocation, Section, SectionId};
 
 /// One entry of one table.
@@ -241,7 +240,7 @@ impl Table<'_> {
         let (section, start) = self.section_place(relocation)?;
         let end = start.checked_add(u64::from(replacement_len))?;
         let bytes = self.object.section(section).range(start, end)?.to_vec();
-        let references = self.references_of(section, start, end, &bytes);
+        let references = references_in_code(self.object, self.inventory, section, (start, end));
         Some(Special::Alternative {
             feature,
             negated: flags & 1 != 0,
@@ -261,32 +260,6 @@ impl Table<'_> {
             section,
             u64::try_from(offset.cast_signed().checked_add(relocation.addend)?).ok()?,
         ))
-    }
-
-    fn references_of(&self, id: SectionId, start: u64, end: u64, bytes: &[u8]) -> Vec<Reference> {
-        let instructions = Instructions::decode(bytes);
-        let relocations = self.object.section(id).relocations_in(start, end);
-        relocations
-            .iter()
-            .map(|it| {
-                let offset = it.offset - start;
-                let end = instructions
-                    .at(offset)
-                    .map_or(offset + 4, |instruction| instruction.end);
-                let bias = if it.kind.is_relative() {
-                    (end - offset).cast_signed()
-                } else {
-                    0
-                };
-                let target = target_of(self.object, self.inventory, it, bias);
-                Reference {
-                    offset,
-                    kind: it.kind,
-                    bias,
-                    target,
-                }
-            })
-            .collect()
     }
 
     /// `s32 code, s32 target, long key`: the key's low bits are flags and stand in the addend.
