@@ -168,7 +168,11 @@ fn random_bytes_and_endless_lines_end_their_own_connection_only() {
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     for round in 0..200 {
         let mut stream = connect(&served);
-        let len = if round % 50 == 0 { 3 << 20 } else { round * 7 };
+        let len = if round % 50 == 0 {
+            (1 << 20) + 9
+        } else {
+            round * 7
+        };
         let mut next = || {
             random ^= random << 13;
             random ^= random >> 7;

@@ -74,6 +74,14 @@ impl Shared {
         Ok(Self { page, file })
     }
 
+    /// Every whole word, whatever the layout says it is: for tests that lie.
+    #[cfg(test)]
+    pub(crate) fn all_words(&self) -> &[std::sync::atomic::AtomicU64] {
+        let words = size_of::<Page>() / 8;
+        // SAFETY: the page consists of atomics, is aligned to 8 bytes and is as long as these words.
+        unsafe { std::slice::from_raw_parts(self.page.as_ptr().cast(), words) }
+    }
+
     /// For the other side.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()

@@ -213,3 +213,131 @@ fn refusal(error: &WriteError, batch: &[vmpatch_introspect::address::Gpa]) -> An
         WriteError::Unreachable(why) => Answer::because(Status::Ended, 0, why),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::testing::spinning;
+
+    /// Gives a command as a session does; panics if there is no answer in time.
+    fn command(page: &Shared, word: u32) -> Answer {
+        page.command.store(word, Ordering::SeqCst);
+        futex::wake_all(&page.command, Sharing::Shared);
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            let answer = page.answer.load(Ordering::SeqCst);
+            if answer >> 8 == word >> 8 {
+                return page.answer(Status::of(answer).unwrap());
+            }
+            assert!(Instant::now() < end, "no answer to {word:#x}");
+            futex::wait(
+                &page.answer,
+                answer,
+                Some(Duration::from_millis(5)),
+                Sharing::Shared,
+            );
+        }
+    }
+
+    #[test]
+    fn commands_out_of_order_are_refused() {
+        let Some(machine) = spinning() else { return };
+        let server = HotServer::start(machine).unwrap();
+        let page = server.page();
+        for (number, operation) in [Operation::Write, Operation::Resume, Operation::Abandon]
+            .into_iter()
+            .enumerate()
+        {
+            let answer = command(page, operation.numbered(number as u32 + 1));
+            assert_eq!(answer.status, Status::Refused, "{operation:?}");
+        }
+        page.set_arguments([1_000_000_000, 10_000_000_000]);
+        assert_eq!(
+            command(page, Operation::Stop.numbered(9)).status,
+            Status::Done
+        );
+        assert_eq!(
+            command(page, Operation::Stop.numbered(10)).status,
+            Status::NotRunning
+        );
+        assert_eq!(
+            command(page, Operation::Resume.numbered(11)).status,
+            Status::Done
+        );
+        assert_eq!(
+            command(page, Operation::Resume.numbered(12)).status,
+            Status::Refused
+        );
+        assert_eq!(command(page, 13 << 8 | 0xee).status, Status::Refused);
+    }
+
+    #[test]
+    fn garbage_in_the_page_never_hangs_or_ends_the_session() {
+        let Some(machine) = spinning() else { return };
+        let server = HotServer::start(Arc::clone(&machine)).unwrap();
+        let page = server.page();
+        let mut seed = 0x2545_f491_4f6c_dd1du64;
+        let mut random = || {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed
+        };
+        for number in 1..3000u32 {
+            for _ in 0..random() % 64 {
+                let words = page.all_words();
+                // Low words are where the layout's heads are; the deadline stays short.
+                let reach = if random() % 2 == 0 {
+                    16
+                } else {
+                    words.len() as u64
+                };
+                let value = match random() % 4 {
+                    0 => random() % 600,
+                    1 => u64::MAX,
+                    2 => 0x1000,
+                    _ => random(),
+                };
+                words[(random() % reach) as usize].store(value, Ordering::SeqCst);
+            }
+            page.set_arguments([random() % 3_000_000, random() % 2_000_000]);
+            let operation = (random() % 6) as u32;
+            command(page, number << 8 | operation);
+        }
+        command(page, Operation::Abandon.numbered(0xff_fff0));
+        page.set_arguments([2_000_000_000, 10_000_000_000]);
+        assert_eq!(
+            command(page, Operation::Stop.numbered(0xff_fff1)).status,
+            Status::Done
+        );
+        drop(server);
+        assert_eq!(machine.state(), State::Running);
+        assert_eq!(machine.outcome(), None);
+    }
+
+    #[test]
+    fn a_lease_longer_than_allowed_is_cut_and_one_of_nothing_ends_at_once() {
+        let Some(machine) = spinning() else { return };
+        let server = HotServer::start(Arc::clone(&machine)).unwrap();
+        let page = server.page();
+        page.set_arguments([u64::MAX, 0]);
+        assert_eq!(
+            command(page, Operation::Stop.numbered(1)).status,
+            Status::Done
+        );
+        assert_eq!(
+            command(page, Operation::Resume.numbered(2)).status,
+            Status::LeaseExpired
+        );
+        assert_eq!(machine.state(), State::Running);
+        page.set_arguments([u64::MAX, u64::MAX]);
+        assert_eq!(
+            command(page, Operation::Stop.numbered(3)).status,
+            Status::Done
+        );
+        assert_eq!(
+            command(page, Operation::Resume.numbered(4)).status,
+            Status::Done
+        );
+    }
+}

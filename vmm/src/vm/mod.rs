@@ -20,6 +20,9 @@ mod registers;
 mod running;
 mod state;
 mod stop;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod testing;
 mod vcpu;
 
 use std::io;

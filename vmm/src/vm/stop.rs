@@ -140,3 +140,50 @@ impl Drop for Stopped {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::State;
+    use crate::vm::testing::spinning;
+
+    const DEADLINE: Duration = Duration::from_secs(2);
+
+    #[test]
+    fn after_an_undo_that_failed_the_machine_stays_stopped_and_can_be_ended() {
+        let Some(machine) = spinning() else { return };
+        let mut stopped = machine.stop(DEADLINE).unwrap();
+        stopped.get_stuck();
+        drop(stopped);
+        assert_eq!(machine.state(), State::Stuck);
+        let error = machine.stop(DEADLINE).unwrap_err().to_string();
+        assert!(error.contains("could not be undone"), "{error}");
+        assert!(machine.unpause().is_err());
+        machine.terminate();
+        machine.wait();
+    }
+
+    #[test]
+    fn a_dropped_stop_is_undone_and_a_resumed_one_kept() {
+        let Some(machine) = spinning() else { return };
+        let at = vmpatch_introspect::address::Gpa(0x8000);
+        let edit = Edit {
+            at,
+            old: vec![0; 3],
+            new: b"new".to_vec(),
+        };
+        for keep in [false, true] {
+            let mut stopped = machine.stop(DEADLINE).unwrap();
+            stopped.write(std::slice::from_ref(&edit)).unwrap();
+            if keep {
+                let _ = stopped.resume();
+            } else {
+                drop(stopped);
+            }
+            let mut found = [0; 3];
+            vmpatch_introspect::PhysicalMemory::read(machine.memory(), at, &mut found).unwrap();
+            assert_eq!(&found == b"new", keep);
+            assert_eq!(machine.state(), State::Running);
+        }
+    }
+}
