@@ -67,3 +67,17 @@ fn a_breakpoint_reaches_its_handler_on_every_kvm() {
     let machine = start(&kvm, mode, &code, 1, recorder(), options);
     assert_eq!(machine.wait(), Outcome::PowerOff);
 }
+
+#[test]
+fn a_device_that_panics_ends_the_machine_and_hangs_nobody() {
+    let Some(kvm) = kvm() else { return };
+    let devices = recorder();
+    devices.lock().unwrap().on_access = Some(Box::new(|| panic!("as the test wants")));
+    // out 0x80, al
+    let machine = guest(&kvm, &[0xe6, 0x80], 2, devices);
+    let Outcome::Crashed(crash) = machine.wait() else {
+        panic!("{:?}", machine.outcome());
+    };
+    assert!(crash.to_string().contains("panicked"), "{crash}");
+    assert!(machine.stop(std::time::Duration::from_secs(1)).is_err());
+}

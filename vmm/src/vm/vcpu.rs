@@ -71,10 +71,15 @@ impl Runner {
             return;
         };
         post.kicker.arm(&mut self.fd, self.sync);
+        // Made after `self`, hence dropped before the vCPU's descriptor.
+        let _leaving = Leaving {
+            post,
+            shared: &shared,
+            index: self.index,
+        };
         if let Err(outcome) = self.turns(post) {
             shared.finish(*outcome);
         }
-        post.kicker.disarm();
     }
 
     /// Turns until the machine ends. `Ok` where somebody else ended it.
@@ -225,6 +230,27 @@ impl Runner {
         let at = Gpa(at.physical_address);
         self.shared.memory.read(at, &mut code).ok()?;
         Some(code)
+    }
+}
+
+/// What is due when a vCPU's thread ends, in whatever way.
+struct Leaving<'a> {
+    post: &'a Post,
+    shared: &'a Shared,
+    index: u32,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.post.kicker.disarm();
+        if std::thread::panicking() {
+            self.shared.finish(Outcome::Crashed(Box::new(Crash {
+                vcpu: self.index,
+                fault: Fault::Thread("it panicked, see the VMM's log".into()),
+                registers: None,
+                code: Vec::new(),
+            })));
+        }
     }
 }
 
