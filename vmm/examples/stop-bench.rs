@@ -1,4 +1,5 @@
-//! Measures stop, registers and resume of a machine as the command line does them, on a guest that spins:
+//! Measures stop, registers and resume of a machine as the command line does them, bare and with a write of
+//! five bytes, on a guest that spins:
 //! `cargo run --release -p vmpatch-vmm --example stop-bench -- [VCPUS] [ROUNDS]`. Ends with one JSON line.
 //!
 //! With two or more vCPUs the others wait for their start-up IPI.
@@ -42,13 +43,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let _server = ControlServer::start(place, machine, description)?;
     let target = KvmTarget::connect(&path)?;
-    let mut measured = Vec::new();
+    let (mut bare, mut writing) = (Vec::new(), Vec::new());
     for round in 0..rounds {
-        measured.push(stop_once(&target, round)?);
-        // Lets the guest run for a moment: a vCPU that has just been let go is not yet in the guest.
-        std::thread::sleep(Duration::from_micros(200));
+        bare.push(stop_once(&target, None)?);
+        writing.push(stop_once(&target, Some(edit(round)))?);
     }
-    println!("{}", summary(vcpus, &measured));
+    let line = json!({
+        "bench": "stop",
+        "vcpus": vcpus,
+        "rounds": rounds,
+        "bare": summary(&bare),
+        "with_write": summary(&writing),
+    });
+    println!("{line}");
     Ok(())
 }
 
@@ -70,28 +77,39 @@ fn machine(vcpus: u64) -> Result<Arc<Running>, Box<dyn Error>> {
     Ok(vm.start(Arc::new(Bus::default()))?)
 }
 
-/// One stop with a write, and how long it took as the client saw it.
-fn stop_once(target: &KvmTarget, round: u64) -> Result<(StopReport, Duration), Box<dyn Error>> {
+/// Changes the site, or changes it back.
+fn edit(round: u64) -> Edit {
     let (old, new) = if round.is_multiple_of(2) {
         ([0; 5], [1; 5])
     } else {
         ([1; 5], [0; 5])
     };
-    let edit = Edit {
+    Edit {
         at: SITE,
         old: old.to_vec(),
         new: new.to_vec(),
-    };
+    }
+}
+
+/// One stop, and how long it took as the client saw it.
+fn stop_once(
+    target: &KvmTarget,
+    edit: Option<Edit>,
+) -> Result<(StopReport, Duration), Box<dyn Error>> {
+    // Lets the guest run for a moment: a vCPU that has just been let go is not yet in the guest.
+    std::thread::sleep(Duration::from_micros(200));
     let begin = Instant::now();
     let mut stopped = target.stop(StopRequest::default())?;
-    stopped.write(&[edit])?;
+    if let Some(edit) = edit {
+        stopped.write(&[edit])?;
+    }
     let report = stopped.resume()?;
     Ok((report, begin.elapsed()))
 }
 
 type Part = fn(&(StopReport, Duration)) -> Duration;
 
-fn summary(vcpus: u64, measured: &[(StopReport, Duration)]) -> serde_json::Value {
+fn summary(measured: &[(StopReport, Duration)]) -> serde_json::Value {
     let parts: [(&str, Part); 6] = [
         ("kick_us", |(report, _)| report.kick),
         ("registers_us", |(report, _)| report.registers),
@@ -100,7 +118,7 @@ fn summary(vcpus: u64, measured: &[(StopReport, Duration)]) -> serde_json::Value
         ("window_us", |(report, _)| report.window),
         ("round_trip_us", |(_, total)| *total),
     ];
-    let mut line = json!({"bench": "stop", "vcpus": vcpus, "rounds": measured.len()});
+    let mut line = json!({});
     for (name, part) in parts {
         let mut times: Vec<_> = measured.iter().map(part).collect();
         times.sort_unstable();

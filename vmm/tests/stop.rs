@@ -268,3 +268,50 @@ fn a_machine_that_ends_while_it_is_stopped_hangs_nobody() {
     let error = machine.stop(DEADLINE).unwrap_err();
     assert!(error.to_string().contains("terminated"), "{error}");
 }
+
+#[test]
+fn eight_busy_vcpus_are_all_stopped_every_time() {
+    let Some(kvm) = kvm() else { return };
+    // start the others; jmp self
+    let mut code = START_OTHERS.to_vec();
+    code.extend([0xeb, 0xfe]);
+    let machine = with_others(&kvm, &code, 8, recorder());
+    eventually(|| counter(&machine) != 0);
+    let all_run = |vcpus: &[Vcpu]| vcpus.iter().all(|vcpu| vcpu.activity == Activity::Running);
+    eventually(|| all_run(machine.stop(DEADLINE).unwrap().vcpus()));
+    for _ in 0..50 {
+        let stopped = machine.stop(DEADLINE).unwrap();
+        let indices: Vec<_> = stopped.vcpus().iter().map(|vcpu| vcpu.index).collect();
+        assert_eq!(indices, [0, 1, 2, 3, 4, 5, 6, 7]);
+        let before = counter(&machine);
+        std::thread::yield_now();
+        assert_eq!(counter(&machine), before);
+        let _ = stopped.resume();
+    }
+}
+
+#[test]
+fn stops_pauses_and_the_end_race_without_a_hang() {
+    let Some(kvm) = kvm() else { return };
+    for milliseconds in 0..20 {
+        let machine = guest(&kvm, &[0xe6, 0x80, 0xeb, 0xfc], 2, recorder());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while machine.outcome().is_none() {
+                    // Refused while another holds the machine.
+                    let _ = machine.pause(DEADLINE).and_then(|()| machine.unpause());
+                }
+            });
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while machine.outcome().is_none() {
+                        let _ = machine.stop(DEADLINE).map(vmpatch_vmm::vm::Stopped::resume);
+                    }
+                });
+            }
+            std::thread::sleep(Duration::from_millis(milliseconds));
+            machine.terminate();
+        });
+        machine.wait();
+    }
+}
