@@ -1,39 +1,260 @@
-//! Real patches placed for real guests, from memory dumps.
+//! Real patches placed for real guests, from memory dumps: linked, carried out on a copy of the guest's
+//! memory, taken back, and refused where they must be.
 
 #![allow(clippy::unwrap_used, reason = "only tests are here")]
 
 mod guests;
 
 use guests::{Guest, samples};
-use vmpatch_patcher::arena::Arena;
-use vmpatch_patcher::link::{self, Plan};
-use vmpatch_patcher::verify::verify;
+use iced_x86::{Decoder, DecoderOptions};
+use vmpatch_introspect::Gva;
+use vmpatch_introspect::target::Edit;
+use vmpatch_patcher::arena::window::WINDOW_START;
+use vmpatch_patcher::arena::{Arena, ArenaError, PatchState};
+use vmpatch_patcher::link::ownership::OwnershipError;
+use vmpatch_patcher::link::{self, LinkError, Live, Plan};
+use vmpatch_patcher::patch::file::PatchFile;
+use vmpatch_patcher::verify::locate::LocateError;
+use vmpatch_patcher::verify::{Verified, verify};
+
+/// Guests that the samples were built for.
+const DUMPS: [&str; 2] = ["debian-6.12", "debian-6.12-user"];
+
+fn each(check: impl Fn(&Guest, &PatchFile)) {
+    for name in DUMPS {
+        for sample in samples() {
+            let Some(guest) = Guest::open(name) else {
+                return;
+            };
+            eprintln!("{name}: {}", sample.patch().name);
+            check(&guest, &sample);
+        }
+    }
+}
+
+fn verified(guest: &Guest, sample: &PatchFile) -> Result<Verified, LinkError> {
+    let view = link::Guest::new(&guest.kernel, guest);
+    let arena = Arena::open(&guest.kernel, guest, guest.slot())?;
+    let plan = Plan::link(sample, &view, &arena)?;
+    Ok(verify(plan, &view, &arena).unwrap())
+}
+
+fn apply(guest: &Guest, sample: &PatchFile) -> Verified {
+    let verified = verified(guest, sample).unwrap();
+    guest.carry_out(&verified.arena_writes, &verified.batch());
+    verified
+}
+
+/// A sample with its content changed.
+fn changed(sample: &PatchFile, change: impl Fn(&mut vmpatch_patcher::patch::Patch)) -> PatchFile {
+    let mut patch = sample.patch().clone();
+    change(&mut patch);
+    PatchFile::new(patch).unwrap()
+}
 
 #[test]
-fn every_sample_links_and_its_old_functions_are_found_running() {
-    let Some(guest) = Guest::open("debian-6.12") else {
+fn every_old_function_enters_its_new_one_after_the_patch() {
+    each(|guest, sample| {
+        let verified = apply(guest, sample);
+        let view = link::Guest::new(&guest.kernel, guest);
+        assert_eq!(verified.functions.len(), sample.patch().replaced.len());
+        for function in &verified.functions {
+            // From the entry on: a landing mark and ftrace's nop at most, then the jump.
+            let entry = view.bytes(function.old.start, 16).unwrap();
+            let at = function.old.start.0;
+            let jump = Decoder::with_ip(64, &entry, at, DecoderOptions::NONE)
+                .iter()
+                .take(3)
+                .find(|instruction| instruction.near_branch_target() != 0)
+                .unwrap();
+            assert_eq!(jump.ip(), function.site.0);
+            assert_eq!(jump.near_branch_target(), function.new.start.0);
+            assert_eq!(
+                function.site.0 - at,
+                9,
+                "after the landing mark and ftrace's nop"
+            );
+        }
+    });
+}
+
+#[test]
+fn new_code_is_mapped_to_run_and_not_to_be_written_and_only_calls_what_has_a_name() {
+    each(|guest, sample| {
+        let verified = apply(guest, sample);
+        let view = link::Guest::new(&guest.kernel, guest);
+        for function in &verified.functions {
+            let space = guest.kernel.layout.space;
+            let page = space.translate(guest, function.new.start).unwrap().unwrap();
+            assert!(page.executable && !page.writable && !page.user);
+            let code = view
+                .bytes(function.new.start, function.new.size() as usize)
+                .unwrap();
+            let decoder = Decoder::with_ip(64, &code, function.new.start.0, DecoderOptions::NONE);
+            for instruction in decoder {
+                assert!(
+                    !instruction.is_invalid(),
+                    "{}",
+                    view.describe(Gva(instruction.ip()))
+                );
+                let to = Gva(instruction.near_branch_target());
+                if to != Gva(0) && !function.new.contains(to) && to < WINDOW_START {
+                    let name = view.describe(to);
+                    assert!(!name.contains('+') && !name.starts_with("0x"), "{name}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_patch_is_not_applied_twice_nor_over_another() {
+    each(|guest, sample| {
+        let first = apply(guest, sample);
+        let again = verified(guest, sample);
+        assert!(
+            matches!(
+                again,
+                Err(LinkError::Ownership(OwnershipError::AlreadyApplied { .. }))
+            ),
+            "{again:?}"
+        );
+        let same_name = changed(sample, |patch| patch.sections[0].bytes.push(0xcc));
+        assert!(matches!(
+            verified(guest, &same_name),
+            Err(LinkError::Ownership(OwnershipError::NameTaken { .. }))
+        ));
+        let other = changed(sample, |patch| patch.name.push_str("-2"));
+        match verified(guest, &other) {
+            Err(LinkError::Ownership(OwnershipError::Owned { owner, .. })) => {
+                assert_eq!(owner, first.record.name);
+            }
+            other => panic!("{other:?}"),
+        }
+    });
+}
+
+#[test]
+fn a_second_patch_finds_the_window_mapped_and_takes_other_pages() {
+    let Some(guest) = Guest::open(DUMPS[0]) else {
         return;
     };
-    let view = link::Guest::new(&guest.kernel, &guest);
+    let mut taken: Vec<u32> = Vec::new();
+    let mut functions = Vec::new();
     for sample in samples() {
-        let name = sample.patch().name.clone();
-        let arena = Arena::open(&guest.kernel, &guest, guest.slot()).unwrap();
-        let plan = match Plan::link(&sample, &view, &arena) {
-            Ok(plan) => plan,
-            Err(error) => {
-                println!("{name}: {error}");
-                if let link::LinkError::Locate(
-                    vmpatch_patcher::verify::locate::LocateError::Differs { mismatch, .. },
-                ) = &error
-                {
-                    for line in &mismatch.lines {
-                        println!("    {line}");
-                    }
-                }
-                continue;
+        let name = sample.patch().replaced[0].name.clone();
+        if functions.contains(&name) {
+            continue;
+        }
+        let verified = apply(&guest, &sample);
+        assert_eq!(verified.map.is_empty(), !functions.is_empty());
+        for extent in &verified.record.extents {
+            for page in extent.page..extent.page + extent.pages {
+                assert!(!taken.contains(&page), "page {page} is given twice");
+                taken.push(page);
             }
-        };
-        let verified = verify(plan, &view, &arena).unwrap();
-        println!("{name}: {:#?}", verified.functions);
+        }
+        functions.push(name);
     }
+    let arena = Arena::open(&guest.kernel, &guest, guest.slot()).unwrap();
+    assert_eq!(arena.manifest().patches.len(), functions.len());
+    for record in &arena.manifest().patches {
+        assert_eq!(record.state(&guest).unwrap(), PatchState::Applied);
+    }
+}
+
+#[test]
+fn rolled_back_by_the_manifest_alone_the_text_is_as_before_and_the_same_patch_fits_again() {
+    each(|guest, sample| {
+        let first = apply(guest, sample);
+        let arena = Arena::open(&guest.kernel, guest, guest.slot()).unwrap();
+        let record = &arena.manifest().patches[0];
+        assert_eq!(record, &first.record);
+        guest.carry_out(&[], &record.rollback_edits());
+        assert_eq!(record.state(guest).unwrap(), PatchState::NotApplied);
+        for edit in &first.switch {
+            assert_eq!(guest.original(edit), edit.old);
+        }
+        let again = verified(guest, sample).unwrap();
+        assert_eq!(again.record, first.record, "nothing is placed anew");
+        assert!(again.map.is_empty());
+        guest.carry_out(&again.arena_writes, &again.batch());
+        let arena = Arena::open(&guest.kernel, guest, guest.slot()).unwrap();
+        assert_eq!(arena.manifest().patches.len(), 1);
+    });
+}
+
+#[test]
+fn a_flipped_bit_in_any_byte_of_an_old_function_is_seen_but_where_the_kernel_itself_writes() {
+    let Some(guest) = Guest::open(DUMPS[0]) else {
+        return;
+    };
+    for sample in samples() {
+        let whole = verified(&guest, &sample).unwrap();
+        let old = whole.functions[0].old;
+        let sites = &sample.patch().replaced[0].old.sites;
+        let view = link::Guest::new(&guest.kernel, &guest);
+        for offset in 0..old.size() {
+            let at = view.physical(old.start.wrapping_add(offset)).unwrap();
+            let is = view.bytes(old.start.wrapping_add(offset), 1).unwrap()[0];
+            guest.write(at, &[is ^ (1 << (offset % 8))]);
+            let excused = sites
+                .iter()
+                .any(|site| (site.offset..site.offset + u64::from(site.len)).contains(&offset));
+            match verified(&guest, &sample) {
+                Err(LinkError::Locate(LocateError::Differs { mismatch, .. })) => {
+                    assert!(mismatch.lines.iter().any(|line| line.starts_with('>')));
+                }
+                Ok(_) => assert!(excused, "+{offset:#x} was not seen"),
+                Err(error) => panic!("+{offset:#x}: {error}"),
+            }
+            guest.write(at, &[is]);
+        }
+    }
+}
+
+#[test]
+fn a_patch_for_another_kernel_or_function_is_refused() {
+    each(|guest, sample| {
+        let other = changed(sample, |patch| {
+            patch.requires.release = Some("6.12.107+deb13-cloud-amd64".into());
+        });
+        assert!(matches!(
+            verified(guest, &other),
+            Err(LinkError::WrongKernel { .. })
+        ));
+        let wrong = changed(sample, |patch| patch.replaced[0].name = "vfs_read".into());
+        assert!(matches!(
+            verified(guest, &wrong),
+            Err(LinkError::Locate(LocateError::Differs { .. }))
+        ));
+        let absent = changed(sample, |patch| {
+            patch.replaced[0].name = "no_such_function".into();
+        });
+        assert!(matches!(
+            verified(guest, &absent),
+            Err(LinkError::Locate(LocateError::Absent { .. }))
+        ));
+        let module = changed(sample, |patch| patch.requires.object = "loop".into());
+        assert!(matches!(
+            verified(guest, &module),
+            Err(LinkError::Module { .. })
+        ));
+    });
+}
+
+#[test]
+fn a_window_that_the_guest_uses_is_left_alone() {
+    let Some(guest) = Guest::open(DUMPS[0]) else {
+        return;
+    };
+    let Some(sample) = samples().into_iter().next() else {
+        return;
+    };
+    let Edit { at, .. } = verified(&guest, &sample).unwrap().map.remove(0);
+    guest.write(at, &0x1234_5067_u64.to_le_bytes());
+    assert!(matches!(
+        verified(&guest, &sample),
+        Err(LinkError::Arena(ArenaError::Occupied { .. }))
+    ));
 }

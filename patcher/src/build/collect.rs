@@ -324,12 +324,21 @@ impl Resolver for NewResolver<'_, '_> {
             Target::Outside { symbol, distance } => self.outside(symbol, target, distance),
             Target::Function { function, distance } => self.function(function, distance, calls),
             Target::Variable { variable, distance } => self.variable(variable, target, distance),
-            Target::Text { section, offset } => Some((self.own(Thing::Text(section, offset)), 0)),
-            Target::Constant { section, offset } => {
+            Target::Text {
+                section,
+                offset,
+                distance,
+            } => Some((self.own(Thing::Text(section, offset)), distance)),
+            Target::Constant {
+                section,
+                offset,
+                distance,
+            } => {
                 let size = self.collector.new.object.section(section).entry_size;
                 let start = offset.checked_div(size)?.checked_mul(size)?;
                 let symbol = self.own(Thing::Constant(section, start));
-                Some((symbol, (offset - start).cast_signed()))
+                let inside = (offset - start).cast_signed();
+                Some((symbol, inside.wrapping_add(distance)))
             }
             Target::Place { section, offset } => self.place(section, offset),
         }

@@ -70,17 +70,25 @@ fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
             content_key(side, names, it.section, (it.start, end), distance, depth)
         }
         Target::Variable { variable, distance } => variable_key(side, names, variable, distance),
-        Target::Text { section, offset } => {
+        Target::Text {
+            section,
+            offset,
+            distance,
+        } => {
             let bytes = side.text(section, offset).to_vec();
             Key::Content(
                 Box::new(Content {
                     bytes,
                     fields: Vec::new(),
                 }),
-                0,
+                distance,
             )
         }
-        Target::Constant { section, offset } => {
+        Target::Constant {
+            section,
+            offset,
+            distance,
+        } => {
             let size = side.object.section(section).entry_size;
             let start = offset
                 .checked_div(size)
@@ -88,6 +96,7 @@ fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
                 .saturating_mul(size);
             let end = start.saturating_add(size);
             let inside = offset.wrapping_sub(start).cast_signed();
+            let inside = inside.wrapping_add(distance);
             content_key(side, names, section, (start, end), inside, depth)
         }
         Target::Place { section, .. } if side.object.section(section).flags.exec => Key::Auxiliary,

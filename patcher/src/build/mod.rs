@@ -24,6 +24,7 @@ mod site;
 mod special;
 mod table;
 
+pub use old::OldFunction;
 pub use report::{Brought, BuildReport, Ignored, Refused, Replaced};
 
 use collect::{Collector, Thing};
@@ -32,7 +33,7 @@ use side::Side;
 
 use crate::object::{self, ObjectError};
 use crate::patch::check::{self, Malformed};
-use crate::patch::{Patch, Replacement, Requirement};
+use crate::patch::{Patch, Replacement, Requirement, Symbol};
 
 /// What a build is to make besides what the objects say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -101,6 +102,17 @@ pub fn build(
     let collector = Collector::new((&old, &new), (&pairs, &names), &verdicts, report);
     let (patch, report) = assemble(collector, options);
     conclude(patch, report)
+}
+
+/// Every function of an object, and the symbols its code names: what a guest built from that object runs.
+///
+/// # Errors
+/// An unreadable object.
+pub fn functions(object: &[u8]) -> Result<(Vec<OldFunction>, Vec<Symbol>), BuildError> {
+    let side = Side::of(object::read(object).map_err(BuildError::Old)?)?;
+    let mut symbols = table::SymbolTable::default();
+    let functions = old::functions(&side, &mut symbols);
+    Ok((functions, symbols.finish()))
 }
 
 /// Records what became of every function that is not brought.

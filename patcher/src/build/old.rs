@@ -31,6 +31,29 @@ pub(super) fn parts(old: &Side, symbols: &mut SymbolTable, function: usize) -> V
         .collect()
 }
 
+/// A function of an object, in the form that run-pre matching compares with running text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OldFunction {
+    /// Its symbol.
+    pub name: String,
+    /// Its code.
+    pub code: Code,
+    /// Its split-off parts.
+    pub parts: Vec<Part>,
+}
+
+/// Every function of the old object but split-off parts, which stand with their functions.
+pub(super) fn functions(old: &Side, symbols: &mut SymbolTable) -> Vec<OldFunction> {
+    let whole = (0..old.inventory.functions.len()).filter(|it| old.function(*it).parent.is_none());
+    whole
+        .map(|function| OldFunction {
+            name: old.function(function).name.clone(),
+            code: code(old, symbols, function),
+            parts: parts(old, symbols, function),
+        })
+        .collect()
+}
+
 struct OldResolver<'a> {
     old: &'a Side,
     symbols: &'a mut SymbolTable,
@@ -44,16 +67,26 @@ impl Resolver for OldResolver<'_> {
             | Target::Variable { distance, .. } => {
                 Some((self.symbols.guest(&self.old.name_of(target)), distance))
             }
-            Target::Text { section, offset } => {
-                Some(self.bytes(section, self.old.text(section, offset)))
+            Target::Text {
+                section,
+                offset,
+                distance,
+            } => {
+                let (symbol, _) = self.bytes(section, self.old.text(section, offset));
+                Some((symbol, distance))
             }
-            Target::Constant { section, offset } => {
+            Target::Constant {
+                section,
+                offset,
+                distance,
+            } => {
                 let size = self.old.object.section(section).entry_size;
                 let end = offset
                     .checked_div(size)?
                     .saturating_add(1)
                     .saturating_mul(size);
-                Some(self.bytes(section, comparable(self.old, section, offset, end)))
+                let (symbol, _) = self.bytes(section, comparable(self.old, section, offset, end));
+                Some((symbol, distance))
             }
             Target::Place { section, offset } => {
                 let start = u64::try_from(offset).unwrap_or(u64::MAX);

@@ -35,6 +35,8 @@ pub(super) enum Target {
         section: SectionId,
         /// Offset in it.
         offset: u64,
+        /// Bytes from there; compilers address the end of a string, which is not the next one.
+        distance: i64,
     },
     /// An entry of a pool of constants of equal size.
     Constant {
@@ -42,6 +44,8 @@ pub(super) enum Target {
         section: SectionId,
         /// Offset in it.
         offset: u64,
+        /// Bytes from there.
+        distance: i64,
     },
     /// A place that has no name.
     Place {
@@ -89,13 +93,29 @@ pub(super) fn target_of(
     {
         return Target::Function { function, distance };
     }
-    // Section symbols, and local labels that the assembler keeps where it must not fold the addend.
-    place(
-        object,
-        inventory,
+    // The assembler keeps a local label where it must not fold the addend: the linker then moves the
+    // string at the label, and the addend counts from there.
+    if symbol.kind != SymbolKind::Section && object.section(section).flags.merge {
+        return pooled(object, section, offset, distance);
+    }
+    let at = offset.cast_signed().wrapping_add(distance);
+    place(object, inventory, section, at)
+}
+
+/// An entry of a pool that the linker merges.
+fn pooled(object: &Object, section: SectionId, offset: u64, distance: i64) -> Target {
+    if object.section(section).flags.strings {
+        return Target::Text {
+            section,
+            offset,
+            distance,
+        };
+    }
+    Target::Constant {
         section,
-        offset.cast_signed().wrapping_add(distance),
-    )
+        offset,
+        distance,
+    }
 }
 
 /// What is at an offset of a section.
@@ -117,16 +137,7 @@ pub(super) fn place(
         return Target::Place { section, offset };
     }
     if let (true, Ok(inside)) = (home.flags.merge, u64::try_from(offset)) {
-        return match home.flags.strings {
-            true => Target::Text {
-                section,
-                offset: inside,
-            },
-            false => Target::Constant {
-                section,
-                offset: inside,
-            },
-        };
+        return pooled(object, section, inside, 0);
     }
     if let Some(variable) = inventory.variable_at(section, offset) {
         let start = inventory.variables[variable].start.cast_signed();

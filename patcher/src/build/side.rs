@@ -112,7 +112,12 @@ impl Side {
             Target::Outside { symbol, .. } => self.object.symbol(*symbol).name.clone(),
             Target::Function { function, .. } => self.function(*function).name.clone(),
             Target::Variable { variable, .. } => self.variable(*variable).name.clone(),
-            Target::Text { section, offset } | Target::Constant { section, offset } => {
+            Target::Text {
+                section, offset, ..
+            }
+            | Target::Constant {
+                section, offset, ..
+            } => {
                 format!("{}+{offset:#x}", self.object.section(*section).name)
             }
             Target::Place { section, offset } => {

@@ -85,11 +85,12 @@ fn from_instructions(side: &Side, function: usize) -> Vec<Site> {
 fn from_references(side: &Side, function: usize) -> Vec<Site> {
     let view = &side.code[function];
     let found = view.references.iter().filter_map(|it| {
-        let Target::Outside { symbol, .. } = it.target else {
+        // The object that defines a static call holds its trampoline too.
+        if !matches!(it.target, Target::Outside { .. } | Target::Function { .. }) {
             return None;
-        };
+        }
         let instruction = view.instructions.at(it.offset)?;
-        let kind = kind_of_destination(&side.object.symbol(symbol).name, instruction.flow)?;
+        let kind = kind_of_destination(&side.name_of(&it.target), instruction.flow)?;
         let len = u8::try_from(instruction.end - instruction.start).ok()?;
         Some(Site {
             offset: instruction.start,

@@ -202,7 +202,9 @@ impl Linker<'_> {
         let mut all = Vec::with_capacity(self.patch.replaced.len());
         for wanted in &self.patch.replaced {
             self.is_free(wanted)?;
-            let located = matcher.locate(wanted, &mut learned)?;
+            let located = matcher
+                .locate(wanted.into(), &mut learned)
+                .map_err(|error| self.rather_its_region(error))?;
             for range in std::iter::once(&located.range).chain(&located.parts) {
                 region::check(*range, self.guest).map_err(|why| LinkError::Region {
                     function: wanted.name.clone(),
@@ -212,6 +214,18 @@ impl Linker<'_> {
             all.push(located);
         }
         Ok((all, learned))
+    }
+
+    /// What was init code is poisoned and differs everywhere: the place says more than the bytes.
+    fn rather_its_region(&self, error: LocateError) -> LinkError {
+        if let LocateError::Differs { name, at, .. } = &error
+            && let Some(range) = GvaRange::sized(*at, 1)
+            && let Err(why) = region::check(range, self.guest)
+        {
+            let function = name.clone();
+            return LinkError::Region { function, why };
+        }
+        error.into()
     }
 
     /// Before it is compared: the jump of another patch would only read as a difference.

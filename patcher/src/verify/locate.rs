@@ -7,6 +7,30 @@ use super::run_pre::{Matcher, Mismatch};
 use crate::link::names::Learned;
 use crate::patch::{Code, Part, Replacement};
 
+/// A function to look for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// Its symbol.
+    pub name: &'a str,
+    /// Which of several of that name, from 1.
+    pub sympos: Option<u32>,
+    /// Its code as the object has it.
+    pub code: &'a Code,
+    /// Its split-off parts.
+    pub parts: &'a [Part],
+}
+
+impl<'a> From<&'a Replacement> for Wanted<'a> {
+    fn from(it: &'a Replacement) -> Self {
+        Self {
+            name: &it.name,
+            sympos: it.sympos,
+            code: &it.old,
+            parts: &it.old_parts,
+        }
+    }
+}
+
 /// An old function as it was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located {
@@ -58,14 +82,14 @@ impl Matcher<'_> {
     /// [`LocateError`]; `learned` is then as before.
     pub fn locate(
         &self,
-        wanted: &Replacement,
+        wanted: Wanted<'_>,
         learned: &mut Learned,
     ) -> Result<Located, LocateError> {
         let mut tried = learned.clone();
-        let at = self.find(&wanted.name, wanted.sympos, &wanted.old, &mut tried)?;
-        let range = sized(&wanted.name, at, &wanted.old)?;
-        let mut parts = Vec::with_capacity(wanted.old_parts.len());
-        for part in &wanted.old_parts {
+        let at = self.find(wanted.name, wanted.sympos, wanted.code, &mut tried)?;
+        let range = sized(wanted.name, at, wanted.code)?;
+        let mut parts = Vec::with_capacity(wanted.parts.len());
+        for part in wanted.parts {
             parts.push(self.part(part, &mut tried)?);
         }
         *learned = tried;

@@ -74,7 +74,7 @@ fn old_functions_run(plan: &Plan<'_>, guest: &Guest<'_>) -> Result<(), VerifyErr
     };
     let mut learned = Learned::new();
     for (wanted, planned) in plan.patch.replaced.iter().zip(&plan.located) {
-        if matcher.locate(wanted, &mut learned)? != *planned {
+        if matcher.locate(wanted.into(), &mut learned)? != *planned {
             return Err(VerifyError::Changed {
                 function: wanted.name.clone(),
             });

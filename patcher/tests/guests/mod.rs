@@ -50,6 +50,13 @@ impl Guest {
         SLOT
     }
 
+    /// What the dump has where an edit goes.
+    pub(crate) fn original(&self, edit: &Edit) -> Vec<u8> {
+        let mut bytes = vec![0; edit.old.len()];
+        self.dump.read(edit.at, &mut bytes).unwrap();
+        bytes
+    }
+
     /// Writes anywhere.
     pub(crate) fn write(&self, at: Gpa, bytes: &[u8]) {
         for (offset, byte) in (0..).zip(bytes) {

@@ -1,0 +1,111 @@
+//! Run-pre matching over whole objects: every function of objects compiled from the guest's own source must
+//! be found running in it. `VMPATCH_OBJECTS` lists such objects, separated by colons.
+
+#![allow(clippy::unwrap_used, reason = "only tests are here")]
+
+mod guests;
+
+use std::path::{Path, PathBuf};
+
+use guests::Guest;
+use vmpatch_introspect::Gva;
+use vmpatch_patcher::build::{self, OldFunction};
+use vmpatch_patcher::link::live::Live;
+use vmpatch_patcher::link::names::{Learned, Names};
+use vmpatch_patcher::link::{self};
+use vmpatch_patcher::verify::locate::{LocateError, Wanted};
+use vmpatch_patcher::verify::run_pre::Matcher;
+
+fn objects() -> Vec<PathBuf> {
+    let Some(list) = std::env::var_os("VMPATCH_OBJECTS") else {
+        eprintln!("SKIPPED: VMPATCH_OBJECTS names no objects; nothing was compared");
+        return Vec::new();
+    };
+    std::env::split_paths(&list).collect()
+}
+
+/// Why a function of an object need not be found: what the guest runs under that name is something else.
+fn explained(guest: &Guest, function: &OldFunction, error: &LocateError) -> Option<&'static str> {
+    let LocateError::Differs { at, mismatch, .. } = error else {
+        return Some("copies of an inline function that are alike");
+    };
+    let view = link::Guest::new(&guest.kernel, guest);
+    let layout = &guest.kernel.layout;
+    if layout.init.is_some_and(|init| init.contains(*at)) {
+        return Some("init code, freed since");
+    }
+    if function.name.starts_with("__SCT__") {
+        return Some("the trampoline of a static call, rewritten with each update");
+    }
+    if is_weak(&view, *at) {
+        return Some("a weak function that another object overrides");
+    }
+    // Without a section for each function the assembler shortens jumps to near neighbours.
+    let before = view
+        .bytes(at.wrapping_add(mismatch.offset as u64), 2)
+        .unwrap();
+    let jump = view
+        .bytes(at.wrapping_add(mismatch.offset as u64 - 1), 1)
+        .unwrap();
+    (jump == [0xeb] || before[0] == 0xeb).then_some("a tail call that the assembler shortened")
+}
+
+/// Whether the bytes at the entry are of another function altogether: known by names, for kallsyms does not
+/// tell weak from overridden.
+fn is_weak(view: &link::Guest<'_>, at: Gva) -> bool {
+    const OVERRIDDEN: [&str; 4] = [
+        "sigaction_compat_abi",
+        "arch_task_cache_init",
+        "arch_release_task_struct",
+        "arch_dup_task_struct",
+    ];
+    OVERRIDDEN.contains(&view.describe(at).as_str())
+}
+
+fn compare(guest: &Guest, path: &Path) -> (usize, usize) {
+    let view = link::Guest::new(&guest.kernel, guest);
+    let facts = view.facts().unwrap();
+    let (functions, symbols) = build::functions(&std::fs::read(path).unwrap()).unwrap();
+    let names = Names::look_up(&symbols, &view);
+    let matcher = Matcher {
+        live: &view,
+        facts: &facts,
+        names: &names,
+    };
+    let mut found = 0;
+    for function in &functions {
+        let wanted = Wanted {
+            name: &function.name,
+            sympos: None,
+            code: &function.code,
+            parts: &function.parts,
+        };
+        match matcher.locate(wanted, &mut Learned::new()) {
+            Ok(_) => found += 1,
+            Err(error) => {
+                let why = explained(guest, function, &error);
+                eprintln!("    {}: {}", function.name, why.unwrap_or("NOT EXPLAINED"));
+                assert!(why.is_some(), "{error}");
+            }
+        }
+    }
+    eprintln!("{}: {found} of {} found", path.display(), functions.len());
+    (found, functions.len())
+}
+
+#[test]
+fn every_function_of_the_guests_own_source_is_found_running_or_it_is_known_why_not() {
+    for dump in ["debian-6.12", "debian-6.12-user"] {
+        let Some(guest) = Guest::open(dump) else {
+            return;
+        };
+        let each = objects()
+            .iter()
+            .map(|path| compare(&guest, path))
+            .collect::<Vec<_>>();
+        let found: usize = each.iter().map(|(found, _)| found).sum();
+        let all: usize = each.iter().map(|(_, all)| all).sum();
+        eprintln!("{dump}: {found} of {all}");
+        assert!(found * 100 >= all * 95, "{found} of {all}");
+    }
+}
