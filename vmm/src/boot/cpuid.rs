@@ -54,8 +54,12 @@ pub fn shape(
         .copied()
         .filter(|leaf| !is_topology(leaf))
         .collect();
+    let amd = is_amd(offered);
     for leaf in &mut leaves {
         shape_leaf(leaf, place, tsc_deadline);
+        if amd {
+            shape_amd_leaf(leaf, place);
+        }
     }
     if offered.iter().any(|leaf| leaf.function == 0xb) {
         leaves.extend(topology(place));
@@ -63,20 +67,26 @@ pub fn shape(
     leaves
 }
 
+/// Leaves that have a meaning on every CPU.
 fn shape_leaf(leaf: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
-    let id = u32::from(place.index);
     match leaf.function {
         1 => {
-            leaf.ebx = leaf.ebx & 0xffff | u32::from(place.count) << 16 | id << 24;
-            leaf.ecx = leaf.ecx & !(VMX | TSC_DEADLINE) | HYPERVISOR;
-            leaf.ecx |= if tsc_deadline { TSC_DEADLINE } else { 0 };
+            let counts = u32::from(place.count) << 16 | u32::from(place.index) << 24;
+            leaf.ebx = leaf.ebx & 0xffff | counts;
+            leaf.ecx = with(leaf.ecx & !VMX, TSC_DEADLINE, tsc_deadline) | HYPERVISOR;
             leaf.edx = with(leaf.edx, HTT, place.count > 1);
         }
         4 => leaf.eax = shared_by_cores(leaf.eax, place) & 0x03ff_ffff | place.last() << 26,
-        0x8000_0001 => {
-            let many = place.count > 1 && has_topology_extension(leaf);
-            leaf.ecx = with(leaf.ecx & !SVM, CMP_LEGACY, many);
-        }
+        0x8000_0001 => leaf.ecx &= !SVM,
+        _ => {}
+    }
+}
+
+/// Leaves by which AMD and Hygon CPUs tell of cores.
+fn shape_amd_leaf(leaf: &mut kvm_cpuid_entry2, place: Place) {
+    let id = u32::from(place.index);
+    match leaf.function {
+        0x8000_0001 => leaf.ecx = with(leaf.ecx, CMP_LEGACY, place.count > 1),
         0x8000_0008 => leaf.ecx = leaf.ecx & !0xf0ff | place.core_bits() << 12 | place.last(),
         0x8000_001d => leaf.eax = shared_by_cores(leaf.eax, place),
         0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx) = (id, id, 0),
@@ -84,9 +94,10 @@ fn shape_leaf(leaf: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
     }
 }
 
-/// Leaf 80000001 ECX bit 22: AMD CPUs that have leaves 8000001D and 8000001E.
-const fn has_topology_extension(extended_features: &kvm_cpuid_entry2) -> bool {
-    extended_features.ecx & 1 << 22 != 0
+/// Leaf 0 EBX holds the first four letters of the vendor's name.
+fn is_amd(offered: &[kvm_cpuid_entry2]) -> bool {
+    let vendor = offered.iter().find(|leaf| leaf.function == 0);
+    vendor.is_some_and(|leaf| matches!(&leaf.ebx.to_le_bytes(), b"Auth" | b"Hygo"))
 }
 
 const fn with(value: u32, bit: u32, on: bool) -> u32 {
@@ -138,9 +149,14 @@ mod tests {
     }
 
     fn shaped(function: u32, registers: [u32; 4]) -> [u32; 4] {
-        let leaves = shape(&[leaf(function, registers)], THIRD_OF_FIVE, true);
-        assert_eq!(leaves.len(), 1);
-        [leaves[0].eax, leaves[0].ebx, leaves[0].ecx, leaves[0].edx]
+        shaped_on(*b"Auth", function, registers)
+    }
+
+    fn shaped_on(vendor: [u8; 4], function: u32, registers: [u32; 4]) -> [u32; 4] {
+        let vendor = leaf(0, [0x10, u32::from_le_bytes(vendor), 0, 0]);
+        let leaves = shape(&[vendor, leaf(function, registers)], THIRD_OF_FIVE, true);
+        assert_eq!(leaves.len(), 2);
+        [leaves[1].eax, leaves[1].ebx, leaves[1].ecx, leaves[1].edx]
     }
 
     #[test]
@@ -197,5 +213,13 @@ mod tests {
     fn amds_own_leaves_agree() {
         assert_eq!(shaped(0x8000_0008, [0x3030, 0, 0x7_70ff, 0])[2], 0x7_3004);
         assert_eq!(shaped(0x8000_001e, [9, 0x109, 0x303, 0])[..3], [2, 2, 0]);
+    }
+
+    #[test]
+    fn what_only_amd_defines_stays_as_it_is_on_intel() {
+        for function in [0x8000_0008, 0x8000_001e] {
+            assert_eq!(shaped_on(*b"Genu", function, [1, 2, 3, 4]), [1, 2, 3, 4]);
+        }
+        assert_eq!(shaped_on(*b"Genu", 0x8000_0001, [0, 0, SVM | 1, 0])[2], 1);
     }
 }

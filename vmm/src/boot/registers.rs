@@ -186,21 +186,39 @@ const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 /// # Errors
 /// [`RegistersError`] names the MSR that KVM refused.
 pub fn set_msrs(vcpu: &VcpuFd) -> Result<(), RegistersError> {
-    for (index, data) in [
-        (MSR_IA32_MISC_ENABLE, FAST_STRINGS),
-        (MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
-    ] {
-        let entry = kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        };
-        let msrs = Msrs::from_entries(&[entry]).map_err(|_| RegistersError::Msr { msr: index })?;
-        if vcpu.set_msrs(&msrs).map_err(refused("KVM_SET_MSRS"))? != 1 {
-            return Err(RegistersError::Msr { msr: index });
-        }
+    // KVM has set bits of its own there, such as that there is no BTS.
+    let misc = get_msr(vcpu, MSR_IA32_MISC_ENABLE)?;
+    set_msr(vcpu, MSR_IA32_MISC_ENABLE, misc | FAST_STRINGS)?;
+    set_msr(vcpu, MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)
+}
+
+fn one_msr(index: u32, data: u64) -> Result<Msrs, RegistersError> {
+    let entry = kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    Msrs::from_entries(&[entry]).map_err(|_| RegistersError::Msr { msr: index })
+}
+
+fn get_msr(vcpu: &VcpuFd, index: u32) -> Result<u64, RegistersError> {
+    let mut msrs = one_msr(index, 0)?;
+    let read = vcpu.get_msrs(&mut msrs).map_err(refused("KVM_GET_MSRS"))?;
+    let entry = msrs.as_slice().first().filter(|_| read == 1);
+    entry
+        .map(|entry| entry.data)
+        .ok_or(RegistersError::Msr { msr: index })
+}
+
+fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<(), RegistersError> {
+    let set = vcpu
+        .set_msrs(&one_msr(index, data)?)
+        .map_err(refused("KVM_SET_MSRS"))?;
+    if set == 1 {
+        Ok(())
+    } else {
+        Err(RegistersError::Msr { msr: index })
     }
-    Ok(())
 }
 
 /// Local APIC registers (Intel SDM vol. 3A, table 11-1).
