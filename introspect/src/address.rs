@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// Size in bytes of the smallest x86-64 page.
 pub const PAGE_SIZE: u64 = 4096;
@@ -11,10 +12,7 @@ pub const PAGE_SIZE: u64 = 4096;
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(
-            Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-        )]
-        #[serde(transparent)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
         pub struct $name(pub u64);
 
         impl $name {
@@ -52,6 +50,26 @@ macro_rules! address {
             }
         }
 
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                if to.is_human_readable() {
+                    to.collect_str(self)
+                } else {
+                    to.serialize_u64(self.0)
+                }
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                if from.is_human_readable() {
+                    from.deserialize_any(AddressVisitor).map(Self)
+                } else {
+                    u64::deserialize(from).map(Self)
+                }
+            }
+        }
+
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, concat!(stringify!($name), "({:#x})"), self.0)
@@ -74,6 +92,29 @@ address!(
     /// Guest-virtual address: meaningful only together with a page-table root.
     Gva
 );
+
+/// Reads an address as people write it. In JSON addresses are hexadecimal strings, for most readers of
+/// JSON keep numbers in 53 bits; a plain number is taken too.
+struct AddressVisitor;
+
+impl Visitor<'_> for AddressVisitor {
+    type Value = u64;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an address: a string such as \"0xffffffff81000000\", or a number")
+    }
+
+    fn visit_u64<E: de::Error>(self, value: u64) -> Result<u64, E> {
+        Ok(value)
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<u64, E> {
+        let digits = value
+            .strip_prefix("0x")
+            .ok_or_else(|| E::invalid_value(de::Unexpected::Str(value), &self))?;
+        u64::from_str_radix(digits, 16).map_err(E::custom)
+    }
+}
 
 macro_rules! range {
     ($(#[$doc:meta])* $name:ident of $address:ident) => {
@@ -146,6 +187,16 @@ mod tests {
     fn a_range_past_the_end_of_the_address_space_is_refused() {
         assert!(GpaRange::sized(Gpa(u64::MAX), 2).is_none());
         assert!(GvaRange::sized(Gva(16), 16).is_some_and(|range| range.contains(Gva(31))));
+    }
+
+    #[test]
+    fn an_address_is_a_hexadecimal_string_in_json_and_survives_the_way_back() {
+        let at = Gva(0xffff_ffff_8100_0001);
+        let json = serde_json::to_string(&at).unwrap();
+        assert_eq!(json, "\"0xffffffff81000001\"");
+        assert_eq!(serde_json::from_str::<Gva>(&json).unwrap(), at);
+        assert_eq!(serde_json::from_str::<Gva>("4096").unwrap(), Gva(4096));
+        assert!(serde_json::from_str::<Gva>("\"ffff\"").is_err());
     }
 
     #[test]

@@ -16,11 +16,16 @@ where
     for row in rows {
         table.add_row(row);
     }
-    table
-        .lines()
-        .map(|line| line.trim_end().to_owned())
+    let lines = table.lines();
+    lines
+        .map(|line| trimmed(&line))
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// Without the padding that the style puts around every cell.
+fn trimmed(line: &str) -> String {
+    line.strip_prefix(' ').unwrap_or(line).trim_end().to_owned()
 }
 
 /// A list of names and values.
@@ -35,6 +40,12 @@ pub(crate) fn pairs(rows: &[(&str, String)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn columns_stand_at_the_left_edge() {
+        let shown = table(&["id", "pid"], [["web1".to_owned(), "7".to_owned()]]);
+        assert_eq!(shown, "ID    PID\nweb1  7");
+    }
 
     #[test]
     fn values_line_up_behind_the_longest_name() {

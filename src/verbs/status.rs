@@ -1,6 +1,7 @@
 //! `vmpatch status`: which patches a VM has, and whether its memory agrees.
 
 use serde::Serialize;
+use vmpatch_patcher::journal::Operation;
 use vmpatch_patcher::status::{self, Interrupted, PatchReport, Report, State, Verdict};
 
 use crate::exit::Failure;
@@ -55,18 +56,25 @@ fn row(patch: &PatchReport) -> [String; 4] {
     let digest: String = patch.digest.chars().take(12).collect();
     [
         patch.name.clone(),
-        state(patch).to_owned(),
+        state(patch),
         patch.functions.join(", "),
         digest,
     ]
 }
 
-fn state(patch: &PatchReport) -> &'static str {
+fn state(patch: &PatchReport) -> String {
+    let rolled_back = || {
+        patch
+            .last
+            .as_ref()
+            .is_some_and(|last| last.operation == Operation::Rollback)
+    };
     match patch.state {
-        State::Applied if patch.above.is_empty() => "applied",
-        State::Applied => "applied (beneath another)",
-        State::NotApplied => "not applied",
-        State::Damaged => "damaged",
+        State::Applied if patch.above.is_empty() => "applied".to_owned(),
+        State::Applied => format!("applied, beneath {}", patch.above.join(", ")),
+        State::NotApplied if rolled_back() => "rolled back".to_owned(),
+        State::NotApplied => "not applied".to_owned(),
+        State::Damaged => "damaged".to_owned(),
     }
 }
 
