@@ -11,6 +11,9 @@
  *   vmp_park      vmp_park_thread -> msleep_interruptible: always inside a function of the kernel proper
  *   vmp_tick      counts up, some ten times a second
  *
+ * A module for most guests; linked into the kernel of those that must do without user space (then planted.kthreads=N
+ * stands on the kernel's command line).
+ *
  * /proc/vmpatch_planted tells the threads' names and pids, the counter, and what vmp_answer() returns.
  */
 #include <linux/delay.h>
@@ -205,6 +208,8 @@ static int __init planted_init(void)
 		ret = -ENOMEM;
 	if (ret)
 		uproot();
+	else
+		pr_info("planted: %u kthreads\n", nr_threads);
 	return ret;
 }
 

@@ -85,6 +85,18 @@ pub(crate) struct Lean {
     pub source: String,
     /// File of configuration lines in `guest-images/`.
     pub fragment: String,
+    /// How the planted kthreads come into it.
+    pub planted: Planted,
+}
+
+/// How a guest has the planted kthreads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Planted {
+    /// Its init loads a module.
+    Module,
+    /// They are part of the kernel.
+    LinkedIn,
 }
 
 /// What the test host runs.

@@ -98,6 +98,10 @@ impl Workbench {
 
 /// The product, optimised: in the test host all of it is emulated.
 fn build_product() -> Result<PathBuf> {
+    if let Some(built) = std::env::var_os("VMPATCH_BIN") {
+        progress::warn("VMPATCH_BIN is set: the product is not built");
+        return Ok(built.into());
+    }
     let step = progress::step("building vmpatch");
     let text = run::stdout(
         Command::new("cargo")

@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Image, Parts, assemble};
-use crate::manifest::{Lean, Manifest};
+use super::{Image, Parts, assemble, planted};
+use crate::manifest::{Lean, Manifest, Planted};
 use crate::publish::Staging;
 use crate::{checksum, packages, paths, progress, run, source};
 
@@ -43,7 +43,12 @@ pub(super) fn built(manifest: &Manifest, lean: &Lean) -> Result<Built> {
     let path = paths::guest_images().join(&lean.fragment);
     let fragment =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let identity = checksum::of_parts(&[guest.version.as_bytes(), fragment.as_bytes()]);
+    let linked_in = if lean.planted == Planted::LinkedIn {
+        planted::source()?
+    } else {
+        Vec::new()
+    };
+    let identity = checksum::of_parts(&[guest.version.as_bytes(), fragment.as_bytes(), &linked_in]);
     let dir = paths::cache()?
         .join("lean")
         .join(format!("{}-{}", lean.name, &identity[..12]));
@@ -53,16 +58,25 @@ pub(super) fn built(manifest: &Manifest, lean: &Lean) -> Result<Built> {
             "building kernel {} (some minutes, once)",
             lean.name
         ));
-        compile(&source, &fragment, &dir)
+        compile(&source, &fragment, lean.planted, &dir)
             .with_context(|| format!("kernel {} does not build", lean.name))?;
         step.done();
     }
     Ok(Built { dir, identity })
 }
 
-fn compile(source: &Path, fragment: &str, target: &Path) -> Result<()> {
+fn compile(source: &Path, fragment: &str, planted: Planted, target: &Path) -> Result<()> {
     let staging = Staging::beside(target)?;
     let dir = staging.dir();
+    let linked = dir.join("linked-source");
+    let source = match planted {
+        Planted::Module => source,
+        Planted::LinkedIn => {
+            run::quiet(Command::new("cp").arg("-al").arg(source).arg(&linked))?;
+            planted::link_into(&linked)?;
+            &linked
+        }
+    };
     make_in(source, dir, &["tinyconfig"])?;
     let config = dir.join(".config");
     let tiny = fs::read_to_string(&config)?;

@@ -45,6 +45,17 @@ pub(super) fn build(kernel: &Path, scratch: &Path) -> Result<Vec<u8>> {
     Ok(module)
 }
 
+/// Makes it a part of a kernel source tree whose files may be links to another: what changes is replaced, not written to.
+pub(super) fn link_into(source: &Path) -> Result<()> {
+    fs::copy(folder().join("planted.c"), source.join("kernel/planted.c"))?;
+    let makefile = source.join("kernel/Makefile");
+    let text = fs::read_to_string(&makefile)
+        .with_context(|| format!("cannot read {}", makefile.display()))?;
+    fs::remove_file(&makefile)?;
+    fs::write(&makefile, format!("{text}\nobj-y += planted.o\n"))?;
+    Ok(())
+}
+
 fn folder() -> PathBuf {
     paths::guest_images().join("planted")
 }

@@ -1,7 +1,7 @@
 //! The soak: both vCPUs busy in user and kernel mode, a patch in and out again and again.
 
 use anyhow::Result;
-use serde_json::json;
+use serde::Serialize;
 use vmpatch_testkit::{Boot, Image, Side, Soak, SoakReport, Tool, patch_file};
 
 use super::stats::percentile;
@@ -26,7 +26,10 @@ pub(super) fn run(name: &str, cycles: u32) -> Result<i32> {
         println!("# guest: {trouble}");
     }
     let pass = report.troubles.is_empty() && report.text_equal;
-    println!("{}", line(&report, pass, &image.release()?));
+    println!(
+        "{}",
+        serde_json::to_string(&line(&report, pass, &image.release()?))?
+    );
     Ok(i32::from(!pass))
 }
 
@@ -36,17 +39,47 @@ fn show(cycle: u32) {
     }
 }
 
-fn line(report: &SoakReport, pass: bool, kernel: &str) -> serde_json::Value {
-    json!({
-        "soak": if pass { "pass" } else { "fail" },
-        "cycles": report.cycles,
-        "oops": report.troubles.len(),
-        "text_equal": report.text_equal,
-        "kernel": kernel,
-        "vcpus": VCPUS,
-        "retries": report.retries,
-        "apply_stop_window_us": { "median": percentile(&report.apply_us, 0.5), "p99": percentile(&report.apply_us, 0.99) },
-        "rollback_stop_window_us": { "median": percentile(&report.rollback_us, 0.5), "p99": percentile(&report.rollback_us, 0.99) },
-        "where": super::place(),
-    })
+/// The last line.
+#[derive(Serialize)]
+struct Line<'a> {
+    soak: &'static str,
+    cycles: u32,
+    oops: usize,
+    text_equal: bool,
+    kernel: &'a str,
+    vcpus: u32,
+    retries: u64,
+    apply_stop_window_us: Windows,
+    rollback_stop_window_us: Windows,
+    r#where: String,
+}
+
+#[derive(Serialize)]
+struct Windows {
+    median: f64,
+    p99: f64,
+}
+
+impl Windows {
+    fn of(values: &[f64]) -> Self {
+        Self {
+            median: percentile(values, 0.5),
+            p99: percentile(values, 0.99),
+        }
+    }
+}
+
+fn line<'a>(report: &SoakReport, pass: bool, kernel: &'a str) -> Line<'a> {
+    Line {
+        soak: if pass { "pass" } else { "fail" },
+        cycles: report.cycles,
+        oops: report.troubles.len(),
+        text_equal: report.text_equal,
+        kernel,
+        vcpus: VCPUS,
+        retries: report.retries,
+        apply_stop_window_us: Windows::of(&report.apply_us),
+        rollback_stop_window_us: Windows::of(&report.rollback_us),
+        r#where: super::place(),
+    }
 }
