@@ -8,13 +8,20 @@ use crate::symbols::kallsyms::{self, Evidence};
 use crate::target::{MemoryError, PhysicalMemory};
 use crate::types::Types;
 
-/// Bytes as the read-only data of a kernel: searched for kallsyms.
+/// Bytes as the read-only data of a kernel: searched for kallsyms. What is found must be consistent.
 pub fn kallsyms(bytes: &[u8]) {
     let flat = Flat::new(bytes);
     let evidence = Evidence {
         anchors: vec![("_text", BASE)],
     };
-    let _ = kallsyms::read(&flat.memory(), &[flat.range()], &evidence);
+    let Ok(symbols) = kallsyms::read(&flat.memory(), &[flat.range()], &evidence) else {
+        return;
+    };
+    for symbol in symbols.iter().take(64) {
+        let found = symbols.containing(symbol.at);
+        assert!(found.is_some_and(|(found, end)| found.at == symbol.at && end >= symbol.at));
+        assert!(symbols.named(symbol.name).any(|named| named == symbol));
+    }
 }
 
 /// Bytes as BTF.

@@ -66,6 +66,13 @@ fn kernel(entries: &[[u8; ENTRY_SIZE]]) -> Unwinder {
     Unwinder::for_text(text, Format::V6_4, &ips, &entries.concat()).unwrap()
 }
 
+fn first_function() -> GvaRange {
+    GvaRange {
+        start: Gva(TEXT),
+        end: Gva(TEXT + 0x100),
+    }
+}
+
 fn within(function: u64) -> u64 {
     TEXT + function * 0x100 + 0x20
 }
@@ -299,8 +306,7 @@ fn a_graph_traced_call_is_traced_through_its_hidden_return_address() {
 
 #[test]
 fn frame_pointers_are_followed_to_the_registers_at_the_top() {
-    let mut unwinder = kernel(&[entry((0, 0), (0, 0), 0)]);
-    unwinder.use_frame_pointers();
+    let unwinder = Unwinder::for_frame_pointers(first_function());
     let (saved, last) = (TASK + 0x3000, TASK + SIZE - 168 - 16);
     let words = [
         (saved + 40, last),
@@ -317,8 +323,7 @@ fn frame_pointers_are_followed_to_the_registers_at_the_top() {
 
 #[test]
 fn frame_pointers_over_an_interrupt_are_not_reliable() {
-    let mut unwinder = kernel(&[entry((0, 0), (0, 0), 0)]);
-    unwinder.use_frame_pointers();
+    let unwinder = Unwinder::for_frame_pointers(first_function());
     let (saved, regs, last) = (TASK + 0x2000, TASK + 0x3000, TASK + SIZE - 168 - 16);
     let words = [
         (saved + 40, regs | 1),
@@ -355,10 +360,11 @@ proptest! {
         start in (likely_word(), likely_word(), likely_word()),
         by_chain in any::<bool>(),
     ) {
-        let mut unwinder = kernel(&entries);
-        if by_chain {
-            unwinder.use_frame_pointers();
-        }
+        let unwinder = if by_chain {
+            Unwinder::for_frame_pointers(first_function())
+        } else {
+            kernel(&entries)
+        };
         let both = [TASK + SIZE - 2048, IRQ + SIZE - 2048];
         let words: Vec<_> = words.iter().enumerate()
             .map(|(i, &word)| (both[i / 256] + (i as u64 % 256) * 8, word)).collect();

@@ -110,6 +110,17 @@ impl Unwinder {
         Ok(unwinder)
     }
 
+    /// An unwinder for one stretch of text whose functions keep frame pointers.
+    #[must_use]
+    pub fn for_frame_pointers(text: GvaRange) -> Self {
+        let mut unwinder = Self {
+            frame_pointers: true,
+            ..Self::default()
+        };
+        unwinder.insert(text, None);
+        unwinder
+    }
+
     /// More text whose functions keep frames as `entries` say, stored in the guest kernel's own format, 6
     /// bytes for each of `ips`: the arena's own code. With tables that are not well formed, or none, its
     /// frames come out as [`NoUnwindData`](super::Unreliable::NoUnwindData).
@@ -152,11 +163,6 @@ impl Unwinder {
     #[cfg(test)]
     pub(super) const fn hooks_mut(&mut self) -> &mut Hooks {
         &mut self.hooks
-    }
-
-    #[cfg(test)]
-    pub(super) const fn use_frame_pointers(&mut self) {
-        self.frame_pointers = true;
     }
 
     /// The trace of a task that sleeps: `saved_sp` is its `thread.sp`, `stack` its whole stack.
