@@ -8,13 +8,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use common::Bench;
-use vmpatch_introspect::target::{ResumeError, StopError, WriteError};
+use vmpatch_introspect::target::{Edit, ResumeError, StopError, StopRequest, WriteError};
 use vmpatch_introspect::{Gpa, PhysicalMemory};
 use vmpatch_patcher::apply::{
-    Boundary, Change, Failure, FailureKind, Observer, PlaceError, Schedule, Setback, Unobserved,
+    Attempt, Boundary, Change, Failure, FailureKind, Observer, PlaceError, Schedule, Setback,
+    Unobserved, rehearse,
 };
 use vmpatch_patcher::journal::{Ending, Folder, history};
-use vmpatch_patcher::quiescence::Finding;
+use vmpatch_patcher::quiescence::{Finding, NotQuiet};
 use vmpatch_patcher::status::{State, Verdict};
 use vmpatch_patcher::testing::guest::sleeping;
 use vmpatch_patcher::testing::sample::{self, FIRST, SECOND};
@@ -211,11 +212,13 @@ fn an_arena_that_changed_since_it_was_looked_at_is_refused_and_nothing_written()
     let bench = Bench::new();
     let change = Change::apply(&sample::verified(&bench.machine, "a"), &bench.machine).unwrap();
     bench.machine.set(change.arena().last().unwrap().at, &[1]);
+    let before = bench.machine.image();
     let failure = bench.make(bench.ledger(), change, &Unobserved).unwrap_err();
     assert!(
         matches!(failure, Failure::Place(PlaceError::Changed { .. })),
         "{failure}"
     );
+    assert!(bench.machine.image() == before);
     assert_eq!(bench.machine.stops(), 0);
 }
 
@@ -436,4 +439,43 @@ fn what_is_read_back_is_what_the_change_says() {
         bench.machine.read(edit.at, &mut now).unwrap();
         assert_eq!(now, edit.new);
     }
+}
+
+#[test]
+fn a_rehearsal_goes_through_every_gate_and_writes_nothing() {
+    let bench = Bench::new();
+    let change = Change::apply(&sample::verified(&bench.machine, "a"), &bench.machine).unwrap();
+    let busy = ScriptedGuest::with(vec![sleeping("parked", 77, &[FIRST.0 + 0x20])]);
+    let rehearse_with = |guest| rehearse(&change, &bench.machine, guest, StopRequest::default());
+    assert_eq!(rehearse_with(&bench.guest).unwrap().examined.stacks, 0);
+    assert!(matches!(
+        rehearse_with(&busy),
+        Err(Attempt::NotQuiet(NotQuiet::Busy(_)))
+    ));
+    bench
+        .machine
+        .set(Gpa(SECOND.0 + 5 - sample::TEXT.0), &[0xcc]);
+    assert!(matches!(
+        rehearse_with(&bench.guest),
+        Err(Attempt::Write(WriteError::Differs { .. }))
+    ));
+    assert_eq!(bench.machine.writes(), []);
+    assert_eq!(bench.machine.stops(), 3);
+    assert!(bench.machine.is_running());
+}
+
+#[test]
+fn a_change_whose_edits_could_not_be_one_batch_is_refused_before_the_intent() {
+    let bench = Bench::new();
+    let broken = |spoil: &dyn Fn(&mut Edit)| {
+        let mut verified = sample::verified(&bench.machine, "a");
+        spoil(&mut verified.switch[0]);
+        Change::apply(&verified, &bench.machine)
+            .map(drop)
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(broken(&|edit| edit.old.truncate(4)).contains("differ in length"));
+    assert!(broken(&|edit| (edit.old.clear(), edit.new.clear()).1).contains("empty"));
+    assert!(broken(&|edit| edit.at = Gpa(0x1ffe)).contains("crosses a page"));
 }

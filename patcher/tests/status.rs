@@ -188,6 +188,31 @@ fn a_patch_beneath_another_is_applied_and_cannot_be_rolled_back_first() {
 }
 
 #[test]
+fn a_patch_whose_base_is_gone_is_not_applied_and_not_damaged() {
+    let bench = Bench::new();
+    bench.apply("a").unwrap();
+    bench.apply("b").unwrap();
+    bench.rollback("b").unwrap();
+    bench.rollback("a").unwrap();
+    assert_eq!(bench.state("b"), Some(State::NotApplied));
+    bench.apply("a").unwrap();
+    bench.scribble();
+    assert_eq!(bench.state("a"), Some(State::Damaged));
+}
+
+#[test]
+fn a_patch_of_which_half_is_in_place_is_damaged() {
+    let bench = Bench::new();
+    bench.apply("a").unwrap();
+    bench.apply("b").unwrap();
+    bench.rollback("b").unwrap();
+    let record = sample::manifest(&bench.machine).patches[0].clone();
+    let edit = &record.sites[1].edits[0];
+    bench.machine.set(edit.at, &edit.old);
+    assert_eq!(bench.state("a"), Some(State::Damaged));
+}
+
+#[test]
 fn after_a_reboot_the_patches_of_the_earlier_boot_are_stale() {
     let bench = Bench::new();
     bench.apply("a").unwrap();

@@ -14,6 +14,63 @@
 //!
 //! Only [`Stopped::check_stacks`] makes a [`Quiet`], and only a [`Quiet`] can write. Dropping any of them
 //! undoes what was written and resumes the guest: the machine's own stop does that.
+//!
+//! A change of a machine made of plain bytes:
+//!
+//! ```
+//! use vmpatch_introspect::target::StopRequest;
+//! use vmpatch_patcher::apply::{Attempt, Change, Schedule, Unobserved};
+//! use vmpatch_patcher::rollback;
+//! use vmpatch_patcher::status::{self, Ledger, State};
+//! use vmpatch_patcher::testing::{ScriptedGuest, sample};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let vm = sample::machine();
+//! let guest = ScriptedGuest::default();
+//! let folder = tempfile::tempdir()?;
+//! let verified = sample::verified(&vm, "fix");
+//!
+//! let ledger = Ledger::open(folder.path(), &vm, sample::BOOT)?;
+//! ledger.admit("fix", &verified.record.digest)?;
+//! let intent = ledger.begin(Change::apply(&verified, &vm)?, &Unobserved)?;
+//! let placed = intent.place(&vm)?;
+//! let attempted = Schedule::default().run(&Unobserved, || {
+//!     let stopped = placed.stop(StopRequest::default())?;
+//!     let quiet = stopped.check_stacks(&guest)?;
+//!     let written = quiet.write()?;
+//!     Ok::<_, Attempt>(written.resume()?)
+//! });
+//! intent.conclude(&vm, attempted)?;
+//!
+//! let report = status::report(folder.path(), &vm, sample::BOOT);
+//! assert_eq!(report.patches[0].state, State::Applied);
+//!
+//! // The way back is the same way, with another change.
+//! let ledger = Ledger::open(folder.path(), &vm, sample::BOOT)?;
+//! let change = rollback::change(&ledger, "fix")?;
+//! # let _ = ledger.begin(change, &Unobserved)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What was not checked cannot be written, for it does not compile:
+//!
+//! ```compile_fail
+//! use vmpatch_patcher::apply::Stopped;
+//! fn hasty(stopped: Stopped<'_>) {
+//!     let _ = stopped.write();
+//! }
+//! ```
+//!
+//! Nor can what was resumed be written again:
+//!
+//! ```compile_fail
+//! use vmpatch_patcher::apply::Quiet;
+//! fn greedy(quiet: Quiet<'_>) {
+//!     let _ = quiet.write();
+//!     let _ = quiet.write();
+//! }
+//! ```
 
 pub mod change;
 pub mod failure;

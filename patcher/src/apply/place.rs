@@ -45,10 +45,10 @@ impl<'a> Placed<'a> {
                 return Err(PlaceError::Changed { at: edit.at });
             }
         }
-        for edit in edits {
-            vm.write_arena(edit.at, &edit.new)?;
-            if !holds(vm, edit.at, &edit.new)? {
-                return Err(PlaceError::ReadBack { at: edit.at });
+        for (index, edit) in edits.iter().enumerate() {
+            if let Err(why) = put(vm, edit) {
+                put_back(vm, edits.get(..=index).unwrap_or_default());
+                return Err(why);
             }
         }
         intent.observer().boundary(Boundary::Placed);
@@ -71,14 +71,28 @@ impl<'a> Placed<'a> {
     }
 }
 
-/// Puts back what the arena held, last write first. Only for a change that never ran: nothing in the guest
-/// has learned of these addresses. What cannot be put back is left: nothing points there.
+/// Puts back what the arena held before, where it holds what was written. Only for a change that never ran:
+/// nothing in the guest has learned of these addresses.
 pub(crate) fn take_back(vm: &dyn Target, edits: &[ArenaEdit]) {
+    let written = |edit: &&ArenaEdit| matches!(holds(vm, edit.at, &edit.new), Ok(true));
+    let written: Vec<_> = edits.iter().filter(written).cloned().collect();
+    put_back(vm, &written);
+}
+
+/// Last write first. What cannot be put back stays: nothing points there.
+fn put_back(vm: &dyn Target, edits: &[ArenaEdit]) {
     for edit in edits.iter().rev() {
         if let Err(why) = vm.write_arena(edit.at, &edit.old) {
             tracing::warn!(at = %edit.at, %why, "arena bytes of an abandoned change stay");
-            return;
         }
+    }
+}
+
+fn put(vm: &dyn Target, edit: &ArenaEdit) -> Result<(), PlaceError> {
+    vm.write_arena(edit.at, &edit.new)?;
+    match holds(vm, edit.at, &edit.new)? {
+        true => Ok(()),
+        false => Err(PlaceError::ReadBack { at: edit.at }),
     }
 }
 

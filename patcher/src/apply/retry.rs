@@ -92,3 +92,53 @@ fn describe(setback: &Attempt) -> Setback<'_> {
         other => Setback::Machine(other),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    fn schedule() -> Schedule {
+        Schedule {
+            first: MS(10),
+            longest: MS(100),
+            timeout: MS(1000),
+        }
+    }
+
+    #[test]
+    fn pauses_double_up_to_the_longest() {
+        let pauses: Vec<_> = (1..=6)
+            .map(|attempt| schedule().pause(attempt, Duration::ZERO).unwrap())
+            .collect();
+        assert_eq!(pauses, [10, 20, 40, 80, 100, 100].map(MS));
+    }
+
+    #[test]
+    fn the_last_pause_is_cut_short_and_then_there_is_none() {
+        assert_eq!(schedule().pause(9, MS(993)), Some(MS(7)));
+        assert_eq!(schedule().pause(9, MS(1000)), None);
+        assert_eq!(schedule().pause(9, MS(2000)), None);
+    }
+
+    #[test]
+    fn without_time_there_is_one_attempt() {
+        assert_eq!(
+            Schedule::until(Duration::ZERO).pause(1, Duration::ZERO),
+            None
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_pause_passes_the_timeout_and_none_is_zero(attempt in 1_u32.., spent in 0_u64..2000) {
+            if let Some(pause) = schedule().pause(attempt, MS(spent)) {
+                prop_assert!(pause + MS(spent) <= schedule().timeout);
+                prop_assert!(pause > Duration::ZERO);
+            }
+        }
+    }
+}

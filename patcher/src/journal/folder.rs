@@ -27,7 +27,7 @@ pub enum FolderError {
         why: io::Error,
     },
     /// A file does not hold what it should.
-    #[error("journal {}: {why}", path.display())]
+    #[error("journal {}: {why}; move it away to go by the guest's own manifest", path.display())]
     Content {
         /// The file.
         path: PathBuf,

@@ -38,10 +38,12 @@ fn committed(entries: &[Entry]) -> impl Iterator<Item = (u64, &Begun)> {
     )
 }
 
-/// Every change meant for one boot, however it ended, oldest first.
+/// Every change of one boot that may have reached the guest, oldest first. The pages of an abandoned one are
+/// free again, so its bytes may by now be another's.
 pub fn of_boot<'a>(entries: &'a [Entry], boot: &str) -> impl Iterator<Item = &'a Begun> {
-    let begun = entries
-        .iter()
-        .filter_map(|entry| entry.transcript.begun.as_ref());
+    let abandoned =
+        |entry: &&Entry| matches!(entry.transcript.ending, Some(Ending::Abandoned { .. }));
+    let kept = entries.iter().filter(move |entry| !abandoned(entry));
+    let begun = kept.filter_map(|entry| entry.transcript.begun.as_ref());
     begun.filter(move |begun| begun.boot == boot)
 }

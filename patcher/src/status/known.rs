@@ -2,8 +2,9 @@
 //! say now. Owns the judgement; reads no journal and no manifest itself, and writes nothing.
 //!
 //! Patches can lie one upon the other, so live bytes are *peeled*: a patch whose new bytes are all in view
-//! is applied, and its old bytes come into view in their place. What is left when nothing can be peeled is
-//! not applied where its old bytes are in view, and damaged where they are not.
+//! is applied, and its old bytes come into view in their place. When nothing can be peeled any more, what
+//! is left is not applied if its places hold what was there before it, or before a patch that lay beneath it
+//! then and is gone since; anything else is damage.
 
 use std::collections::BTreeMap;
 
@@ -14,8 +15,8 @@ use vmpatch_introspect::{Gpa, PhysicalMemory};
 use crate::arena::{BusyKind, Manifest, PatchRecord};
 use crate::journal::{Entry, history};
 
-/// More patches than a manifest and a journal of one boot can name.
-const MAX_PATCHES: usize = 8192;
+/// More patches than the arena of one boot has pages; a guest may claim more, but is not believed.
+const MAX_PATCHES: usize = 1024;
 
 /// What the live bytes say of a patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,8 +84,12 @@ impl Known {
             }
             depth += 1;
         }
-        for patch in patches.iter_mut().filter(|patch| patch.depth.is_none()) {
-            if view.shows(&patch.record, |edit| &edit.old) {
+        let settled: Vec<bool> = patches
+            .iter()
+            .map(|patch| is_gone(patch, &patches, &view))
+            .collect();
+        for (patch, gone) in patches.iter_mut().zip(settled) {
+            if patch.depth.is_none() && gone {
                 patch.state = State::NotApplied;
             }
         }
@@ -132,9 +137,28 @@ impl Known {
 /// The last placed of the patches not yet peeled whose new bytes are in view.
 fn find_applied(patches: &[KnownPatch], view: &View<'_>) -> Option<usize> {
     patches.iter().rposition(|patch| {
-        let changes_something = patch.record.sites.iter().any(|site| !site.edits.is_empty());
-        patch.depth.is_none() && changes_something && view.shows(&patch.record, |edit| &edit.new)
+        let mut changes = edits([patch]).peekable();
+        patch.depth.is_none()
+            && changes.peek().is_some()
+            && changes.all(|edit| view.holds(edit.at, &edit.new))
     })
+}
+
+/// Whether nothing of a patch is in view, and what is in its places is known from before some patch.
+fn is_gone(patch: &KnownPatch, all: &[KnownPatch], view: &View<'_>) -> bool {
+    let known_before = |edit: &Edit| {
+        let same_place = edits(all).filter(|other| other.at == edit.at);
+        same_place
+            .map(|other| &other.old)
+            .any(|old| view.holds(edit.at, old))
+    };
+    edits([patch]).all(|edit| view.holds(edit.at, &edit.old))
+        || edits([patch]).all(|edit| !view.holds(edit.at, &edit.new) && known_before(edit))
+}
+
+fn edits<'a>(patches: impl IntoIterator<Item = &'a KnownPatch>) -> impl Iterator<Item = &'a Edit> {
+    let sites = patches.into_iter().flat_map(|patch| &patch.record.sites);
+    sites.flat_map(|site| &site.edits)
 }
 
 fn merged(manifest: Option<&Manifest>, entries: &[Entry], boot: &str) -> Vec<KnownPatch> {
@@ -189,13 +213,8 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    /// Whether one side of every edit of a patch is what is in view.
-    fn shows(&self, record: &PatchRecord, side: impl Fn(&Edit) -> &Vec<u8>) -> bool {
-        let mut edits = record.sites.iter().flat_map(|site| &site.edits);
-        edits.all(|edit| {
-            self.at(edit.at, side(edit).len())
-                .is_ok_and(|now| now == *side(edit))
-        })
+    fn holds(&self, at: Gpa, bytes: &[u8]) -> bool {
+        self.at(at, bytes.len()).is_ok_and(|now| now == bytes)
     }
 
     fn at(&self, at: Gpa, len: usize) -> Result<Vec<u8>, MemoryError> {
