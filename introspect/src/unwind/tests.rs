@@ -277,6 +277,29 @@ fn registers_of_user_mode_end_a_trace_only_at_the_top_of_a_stack() {
     assert!(matches!(trace.unreliable, Some(Unreliable::EndsEarly(_))));
 }
 
+/// Found by fuzzing: from a stray stack pointer the frame pointer led back down the stack.
+#[test]
+fn a_stray_stack_pointer_in_saved_registers_ends_the_trace() {
+    let unwinder = kernel(&[
+        entry((SP, 0), (0, 0), REGS),
+        entry((BP, 16), (1, -16), CALL),
+    ]);
+    let regs = TASK + 0x2000;
+    let words = [
+        (regs + 32, TASK + 0x1000),
+        (regs + 128, within(1)),
+        (regs + 136, 0x10),
+        (regs + 152, 5),
+        (TASK + 0x1008, within(1)),
+    ];
+    let trace = running(&unwinder, &words, &vcpu(within(0), regs, 0));
+    assert_eq!(ips(&trace), [within(0), within(1)]);
+    assert_eq!(
+        trace.unreliable,
+        Some(Unreliable::StrayStackPointer(Gva(5)))
+    );
+}
+
 #[test]
 fn a_graph_traced_call_is_traced_through_its_hidden_return_address() {
     let (mut unwinder, mut words, saved) = kthread();

@@ -138,9 +138,7 @@ impl<'a, 'm> Walk<'a, 'm> {
             Kind::EndOfStack => return self.end(),
             Kind::Call | Kind::Regs | Kind::RegsPartial => {}
         }
-        if self.memory.current_index().is_none() {
-            self.memory.enter(self.sp, 8)?;
-        }
+        self.check_on_stack()?;
         let (stack, before) = (self.memory.current_index(), self.sp);
         let caller_sp = self.caller_sp(entry)?;
         self.cross(entry.kind, caller_sp)?;
@@ -263,6 +261,16 @@ impl<'a, 'm> Walk<'a, 'm> {
             _ => return Err(Unreliable::UndefinedEntry(Gva(self.ip))),
         }
         Ok(())
+    }
+
+    /// Interrupted entry code may have left the user's stack pointer, but such code has no caller; whatever
+    /// has one stands on a stack.
+    fn check_on_stack(&mut self) -> Result<(), Unreliable> {
+        if self.memory.current_index().is_none() {
+            self.memory.enter(self.sp, 8)?;
+        }
+        let stray = Unreliable::StrayStackPointer(Gva(self.sp));
+        self.memory.holding(self.sp, 8).map(|_| ()).ok_or(stray)
     }
 
     /// On one stack, callers lie above callees.
