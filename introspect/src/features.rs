@@ -56,15 +56,16 @@ impl Kernel {
         Ok(CpuFeatures(words))
     }
 
-    /// What `x86_return_thunk` holds: where functions return through. `None` in kernels that have none.
+    /// What `x86_return_thunk` holds: where functions return through. `None` in kernels built without.
     ///
     /// # Errors
-    /// Memory that cannot be read.
+    /// Memory that cannot be read, or a kernel with return thunks whose variable is not known.
     pub fn return_thunk(&self, physical: &dyn PhysicalMemory) -> Result<Option<Gva>, AttachError> {
-        self.place("x86_return_thunk")
-            .ok()
-            .map(|at| Ok(self.memory(physical).read_pointer(at)?))
-            .transpose()
+        match self.place("x86_return_thunk") {
+            Ok(at) => Ok(Some(self.memory(physical).read_pointer(at)?)),
+            Err(_) if self.symbols.named("__x86_return_thunk").next().is_none() => Ok(None),
+            Err(unknown) => Err(unknown),
+        }
     }
 
     /// The 64-bit value of the kernel's variable of that name.

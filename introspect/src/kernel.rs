@@ -10,6 +10,7 @@ use crate::modules::Module;
 use crate::modules::read::{self, ModuleFields};
 use crate::paging::{KernelMemory, ReadError};
 use crate::patching::Signs;
+use crate::places::{Given, Lookup, Places};
 use crate::symbols::Symbols;
 use crate::symbols::kallsyms::{self, Evidence};
 use crate::target::PhysicalMemory;
@@ -33,6 +34,7 @@ pub struct Kernel {
     task_fields: Result<TaskFields, TypeError>,
     module_fields: Result<ModuleFields, TypeError>,
     patching_signs: Signs,
+    places: Places,
 }
 
 /// Why no kernel was found, or not enough of it.
@@ -64,36 +66,73 @@ impl Kernel {
         let through_vcpu = KernelMemory::new(memory, found.space);
         let regions = image::regions(&through_vcpu, found.page_fault)?;
         let symbols = read_symbols(&through_vcpu, &found, &regions)?;
-        let layout = Layout::read(&through_vcpu, &found, &regions, &symbols)?;
+        Self::of_symbols(memory, &found, &regions, symbols)
+    }
+
+    /// All but symbols of the kernel that was found.
+    pub(crate) fn of_symbols(
+        memory: &dyn PhysicalMemory,
+        found: &Found,
+        regions: &[Region],
+        symbols: Symbols,
+    ) -> Result<Self, AttachError> {
+        let through_vcpu = KernelMemory::new(memory, found.space);
+        let types = search::read(&through_vcpu, regions, &symbols)?;
+        let places = Places::search(&Given {
+            memory: &through_vcpu,
+            regions,
+            symbols: &symbols,
+            types: &types,
+        })?;
+        let lookup = Lookup {
+            symbols: &symbols,
+            types: &types,
+            places: &places,
+        };
+        let layout = Layout::read(&through_vcpu, found, regions, lookup)?;
         let own = KernelMemory::new(memory, layout.space);
-        let types = search::read(&own, &regions, &symbols)?;
         let fields = TaskFields::of(&types).ok();
-        let init_task = symbols.unique("init_task").ok();
         let identity = Identity::read(&Sources {
             memory: &own,
             layout: &layout,
-            regions: &regions,
+            regions,
             symbols: &symbols,
-            tasks: fields.as_ref().zip(init_task),
+            tasks: fields.as_ref().zip(lookup.get("init_task")),
         })?;
-        Ok(Self::new(identity, layout, symbols, types))
+        Ok(Self::assemble(identity, layout, symbols, types, places))
     }
 
     /// A kernel put together from its parts; what the methods need of `types` is looked up here, so that
     /// a stop does not look for names.
     #[must_use]
     pub fn new(identity: Identity, layout: Layout, symbols: Symbols, types: Types) -> Self {
+        Self::assemble(identity, layout, symbols, types, Places::default())
+    }
+
+    fn assemble(
+        identity: Identity,
+        layout: Layout,
+        symbols: Symbols,
+        types: Types,
+        places: Places,
+    ) -> Self {
+        let lookup = Lookup {
+            symbols: &symbols,
+            types: &types,
+            places: &places,
+        };
         let task_fields = TaskFields::of(&types);
         let module_fields = ModuleFields::of(&types);
-        let patching_signs = Signs::of(&types, |name| symbols.unique(name).ok());
+        let patching_signs = Signs::of(lookup);
         Self {
             identity,
             layout,
-            symbols,
-            types,
             task_fields,
             module_fields,
             patching_signs,
+            symbols,
+            types,
+            places,
         }
     }
 
@@ -136,17 +175,21 @@ impl Kernel {
             .is_ok_and(|boot| boot == self.identity.boot)
     }
 
-    /// The address of the kernel's own variable of that name.
+    /// The address of the kernel's own variable of that name, for a per-CPU variable its offset within
+    /// each CPU's area. Also where kallsyms has no data symbols, as far as memory shows it otherwise.
     ///
     /// # Errors
     /// [`AttachError::Unsupported`] where it is not known.
     pub fn place(&self, name: &str) -> Result<Gva, AttachError> {
-        self.symbols
-            .unique(name)
-            .map_err(|why| AttachError::Unsupported {
-                what: "symbols",
-                why: why.to_string(),
-            })
+        let lookup = Lookup {
+            symbols: &self.symbols,
+            types: &self.types,
+            places: &self.places,
+        };
+        lookup.get(name).ok_or_else(|| AttachError::Unsupported {
+            what: "symbols",
+            why: format!("the address of `{name}` is not known"),
+        })
     }
 
     /// Every loaded module.
@@ -154,7 +197,14 @@ impl Kernel {
     /// # Errors
     /// A list that leads out of memory or never ends.
     pub fn modules(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Module>, AttachError> {
-        // A kernel built without modules has no list.
+        if self.places.is_ambiguous("modules") {
+            let why = "several lists look like that of modules".to_owned();
+            return Err(AttachError::Unsupported {
+                what: "modules",
+                why,
+            });
+        }
+        // A kernel built without modules has no list, and an empty one is nowhere to be seen.
         let Ok(head) = self.place("modules") else {
             return Ok(Vec::new());
         };

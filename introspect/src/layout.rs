@@ -5,7 +5,8 @@ use crate::address::{Gpa, Gva, GvaRange, PAGE_SIZE};
 use crate::find::Found;
 use crate::image::Region;
 use crate::kernel::AttachError;
-use crate::paging::{AddressSpace, KernelMemory};
+use crate::paging::{AddressSpace, KernelMemory, ReadError};
+use crate::places::Lookup;
 use crate::symbols::Symbols;
 
 /// More CPUs than x86-64 Linux can have (arch/x86/Kconfig, NR_CPUS_RANGE_END).
@@ -13,6 +14,10 @@ const MOST_CPUS: u32 = 8192;
 /// First entry of the kernel half of a top-level table, and how many there are.
 const KERNEL_HALF: u64 = 256;
 const ENTRIES: u64 = 512;
+/// KASLR moves the direct map by multiples of this (Linux v6.12 arch/x86/mm/kaslr.c, PUD_SIZE).
+const GIGABYTE: u64 = 1 << 30;
+/// Per-CPU areas lie in the direct map or among vmalloc mappings, below the kernel image.
+const PER_CPU_AREAS: std::ops::Range<u64> = 0xff00_0000_0000_0000..0xffff_ffff_8000_0000;
 
 /// Where the kernel lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,17 +45,17 @@ impl Layout {
         memory: &KernelMemory<'_>,
         found: &Found,
         regions: &[Region],
-        symbols: &Symbols,
+        lookup: Lookup<'_>,
     ) -> Result<Self, AttachError> {
-        let text = text(symbols)?;
-        let space = own_tables(memory, found.space, regions, symbols)?;
+        let text = text(lookup.symbols)?;
+        let space = own_tables(memory, found.space, regions, lookup)?;
         let memory = KernelMemory::new(memory.physical, space);
         Ok(Self {
             text,
-            init: between(symbols, "__init_begin", "__init_end"),
+            init: between(lookup.symbols, "__init_begin", "__init_end"),
             space,
-            per_cpu_offset: per_cpu_offsets(&memory, symbols)?,
-            direct_map: direct_map(&memory, symbols)?,
+            per_cpu_offset: per_cpu_offsets(&memory, lookup)?,
+            direct_map: direct_map(&memory, lookup)?,
             idt_base: found.idt_base,
         })
     }
@@ -76,14 +81,14 @@ fn own_tables(
     memory: &KernelMemory<'_>,
     found: AddressSpace,
     regions: &[Region],
-    symbols: &Symbols,
+    lookup: Lookup<'_>,
 ) -> Result<AddressSpace, AttachError> {
-    let root = match symbols
-        .unique("init_top_pgt")
-        .or_else(|_| symbols.unique("swapper_pg_dir"))
+    let root = match lookup
+        .get("init_top_pgt")
+        .or_else(|| lookup.get("swapper_pg_dir"))
     {
-        Ok(at) => memory.physical_of(at)?,
-        Err(_) => tables_like(memory, found, regions)?,
+        Some(at) => memory.physical_of(at)?,
+        None => tables_like(memory, found, regions)?,
     };
     Ok(AddressSpace { root, ..found })
 }
@@ -134,7 +139,7 @@ fn read_table(memory: &KernelMemory<'_>, at: Gpa) -> Result<Vec<u64>, AttachErro
     memory
         .physical
         .read(at, &mut bytes)
-        .map_err(crate::paging::ReadError::from)?;
+        .map_err(ReadError::from)?;
     let word = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).unwrap_or(0);
     Ok(bytes.chunks_exact(8).map(word).collect())
 }
@@ -148,32 +153,58 @@ fn like(table: &[u64], model: &[u64]) -> bool {
     user_empty && table.iter().zip(model).skip(half).all(same)
 }
 
-fn per_cpu_offsets(memory: &KernelMemory<'_>, symbols: &Symbols) -> Result<Vec<u64>, AttachError> {
-    let Ok(table) = symbols.unique("__per_cpu_offset") else {
+/// The table, as long as it is for this machine. A kernel built for one CPU has none.
+fn per_cpu_offsets(memory: &KernelMemory<'_>, lookup: Lookup<'_>) -> Result<Vec<u64>, AttachError> {
+    let Some(table) = lookup.get("__per_cpu_offset") else {
         return Ok(Vec::new());
     };
-    let count = match symbols.unique("nr_cpu_ids") {
-        Ok(at) => memory.read_u32(at)?,
-        Err(_) => 1,
-    };
-    let count = count.clamp(1, MOST_CPUS);
+    let count = lookup
+        .get("nr_cpu_ids")
+        .map(|at| memory.read_u32(at))
+        .transpose()?;
     let mut offsets = Vec::new();
-    for cpu in 0..u64::from(count) {
-        offsets.push(memory.read_u64(table.wrapping_add(cpu * 8))?);
+    for cpu in 0..u64::from(count.unwrap_or(MOST_CPUS).clamp(1, MOST_CPUS)) {
+        let offset = memory.read_u64(table.wrapping_add(cpu * 8))?;
+        // CPUs that cannot be there keep the address of the image's own copy (Linux v6.12
+        // arch/x86/kernel/setup_percpu.c, BOOT_PERCPU_OFFSET), and after the table other data follow.
+        if count.is_none() && (offset % PAGE_SIZE != 0 || !PER_CPU_AREAS.contains(&offset)) {
+            break;
+        }
+        offsets.push(offset);
     }
     Ok(offsets)
 }
 
-/// Without KASLR of memory regions the base is fixed (Linux v6.12 arch/x86/include/asm/page_64_types.h,
-/// __PAGE_OFFSET_BASE_L4 and _L5).
-fn direct_map(memory: &KernelMemory<'_>, symbols: &Symbols) -> Result<Gva, AttachError> {
-    if let Ok(at) = symbols.unique("page_offset_base") {
+/// The base by its variable, or where the kernel half of the tables begins to map: there physical page
+/// zero lies.
+fn direct_map(memory: &KernelMemory<'_>, lookup: Lookup<'_>) -> Result<Gva, AttachError> {
+    if let Some(at) = lookup.get("page_offset_base") {
         return Ok(memory.read_pointer(at)?);
     }
-    let five_level = memory.space.five_level;
-    Ok(Gva(if five_level {
-        0xff11_0000_0000_0000
+    let mut at = Gva(if memory.space.five_level {
+        0xff00 << 48
     } else {
-        0xffff_8880_0000_0000
-    }))
+        0xffff_8000 << 32
+    });
+    for _ in 0..ENTRIES * 4 {
+        if at.0.is_multiple_of(GIGABYTE) && maps_from_zero(memory, at) {
+            return Ok(at);
+        }
+        let skip = memory
+            .space
+            .hole(memory.physical, at)
+            .map_err(ReadError::from)?;
+        at = at.wrapping_add(skip);
+    }
+    let why = "no mapping of physical page zero was found".to_owned();
+    Err(AttachError::Unsupported {
+        what: "direct map",
+        why,
+    })
+}
+
+/// Whether the second MiB of physical memory, which is RAM on every PC, lies at its place after `base`.
+fn maps_from_zero(memory: &KernelMemory<'_>, base: Gva) -> bool {
+    let at = 1 << 20;
+    memory.physical_of(base.wrapping_add(at)) == Ok(Gpa(at))
 }

@@ -23,6 +23,7 @@ pub mod log;
 pub mod modules;
 pub mod paging;
 mod patching;
+mod places;
 pub mod stacks;
 pub mod symbols;
 pub mod target;

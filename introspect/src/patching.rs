@@ -9,6 +9,7 @@
 use crate::address::Gva;
 use crate::kernel::{AttachError, Kernel};
 use crate::paging::{KernelMemory, ReadError};
+use crate::places::Lookup;
 use crate::target::PhysicalMemory;
 use crate::types::{TypeError, Types};
 
@@ -39,15 +40,18 @@ pub(crate) struct Signs {
 }
 
 impl Signs {
-    /// Looks them up through `place`, which knows the kernel's variables.
-    pub(crate) fn of(types: &Types, place: impl Fn(&str) -> Option<Gva>) -> Self {
+    /// Looks them up.
+    pub(crate) fn of(lookup: Lookup<'_>) -> Self {
+        let types = lookup.types;
+        let place = |name| lookup.get(name);
+        let has_ftrace = lookup.symbols.unique("unregister_ftrace_function").is_ok();
         let mut signs = Self::default();
         let owner = types.offset_of("mutex", "owner").unwrap_or(0);
         for name in LOCKS {
             match place(name) {
                 Some(at) => signs.locks.push((name, at.wrapping_add(owner))),
                 // A kernel without ftrace has no such lock; all have the other.
-                None if name == "ftrace_lock" => {}
+                None if name == "ftrace_lock" && !has_ftrace => {}
                 None => signs.missing = Some(name.to_owned()),
             }
         }

@@ -143,8 +143,17 @@ fn banner(from: &Sources<'_>) -> Result<String, AttachError> {
     Err(no_banner())
 }
 
-/// The first `Linux version …` that ends with a newline and holds no format directives: those belong to
-/// the pattern that /proc/version is printed by.
+/// Whether a `Linux version …` is the kernel's own: the pattern of /proc/version holds format directives,
+/// and the copy that the linker drops at last (Linux v6.12 init/version.c) has no number of the build.
+fn is_banner(text: &str) -> bool {
+    let number = text
+        .split(" #")
+        .nth(1)
+        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    text.ends_with('\n') && !text.contains('%') && number
+}
+
+/// The first banner in a range.
 fn search_banner(memory: &KernelMemory<'_>, range: GvaRange) -> Result<Option<String>, ReadError> {
     const CHUNK: u64 = 256 << 10;
     let finder = memchr::memmem::Finder::new(BANNER);
@@ -156,7 +165,7 @@ fn search_banner(memory: &KernelMemory<'_>, range: GvaRange) -> Result<Option<St
         memory.read(at, &mut buffer)?;
         for offset in finder.find_iter(&buffer) {
             let text = memory.read_string(at.wrapping_add(offset as u64), LONGEST_BANNER)?;
-            if text.ends_with('\n') && !text.contains('%') {
+            if is_banner(&text) {
                 return Ok(Some(text.trim_end().to_owned()));
             }
         }
@@ -216,4 +225,18 @@ fn first_starts(
         .iter()
         .map(|node| memory.read_u64(node.wrapping_sub(fields.tasks).wrapping_add(start)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_finished_banner_is_one() {
+        assert!(is_banner(
+            "Linux version 6.12.1 (a@b) (gcc) #1 SMP Tue Nov 24\n"
+        ));
+        assert!(!is_banner("Linux version 6.12.1 (a@b) (gcc) # SMP\n"));
+        assert!(!is_banner("Linux version %s (a@b) (gcc) %s\n"));
+    }
 }

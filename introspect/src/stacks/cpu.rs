@@ -37,7 +37,7 @@ impl Places {
     /// Looks for the symbol or the member, whichever this kernel has: `hardirq_stack_ptr` was moved into
     /// `struct pcpu_hot` in 6.2 and out again in 6.15.
     pub(crate) fn find(kernel: &Kernel) -> Self {
-        let symbol = |name| kernel.symbols.unique(name).ok();
+        let symbol = |name| kernel.place(name).ok();
         let hot = || {
             let member = kernel.types.member("pcpu_hot", "hardirq_stack_ptr").ok()?;
             Some(symbol("pcpu_hot")?.wrapping_add(member.offset))

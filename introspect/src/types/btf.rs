@@ -44,7 +44,11 @@ pub(crate) enum Kind {
     Typedef,
     /// `const`, `volatile`, `restrict` and type tags: something before a type.
     Qualifier,
-    /// Functions, prototypes, variables, sections, declaration tags: no data type.
+    /// A variable: `size_or_type` is its type.
+    Variable,
+    /// A section and the variables in it.
+    Section,
+    /// Functions, prototypes, declaration tags: no data type.
     Other,
     Float,
     Enum64,
@@ -65,8 +69,9 @@ impl Kind {
             9 | 10 | 11 | 18 => (Self::Qualifier, 0, 0),
             12 => (Self::Other, 0, 0),
             13 => (Self::Other, 0, 8),
-            14 | 17 => (Self::Other, 4, 0),
-            15 => (Self::Other, 0, 12),
+            14 => (Self::Variable, 4, 0),
+            15 => (Self::Section, 0, 12),
+            17 => (Self::Other, 4, 0),
             16 => (Self::Float, 0, 0),
             19 => (Self::Enum64, 0, 12),
             _ => return None,
@@ -255,6 +260,22 @@ impl Btf {
                 (false, false) => i64::from(low),
             };
             Some((self.string(u32_at(bytes, 0)?)?, value))
+        })
+    }
+
+    /// Names and offsets of the variables of the section of that name.
+    pub(crate) fn variables<'a>(&'a self, section: &str) -> impl Iterator<Item = (&'a str, u32)> {
+        // Sections are written last.
+        let found = self.starts.iter().skip(1).rev().find_map(|start| {
+            let (found, _) = self.type_at(*start as usize)?;
+            let named = || self.string(found.name) == Some(section);
+            (found.kind == Kind::Section && named()).then_some(found)
+        });
+        let rest = found.map_or(&[][..], |found| found.rest);
+        rest.chunks_exact(12).filter_map(|element| {
+            let variable = self.get(u32_at(element, 0)?)?;
+            let name = self.string(variable.name)?;
+            (variable.kind == Kind::Variable).then_some((name, u32_at(element, 4)?))
         })
     }
 

@@ -1,10 +1,8 @@
-//! Layouts of kernel types, by member path. Filled from BTF in guest RAM ([`btf`]), or for kernels
-//! without it from a list of members found otherwise. Owns the paths; knows no bytes.
+//! Layouts of kernel types, by member path. Filled from BTF in guest RAM ([`btf`]), or without BTF
+//! nothing is known. Owns the paths; knows no bytes.
 
 pub(crate) mod btf;
 pub(crate) mod search;
-
-use std::collections::BTreeMap;
 
 use btf::{Btf, Kind, Type};
 
@@ -14,6 +12,8 @@ pub use btf::BtfError;
 const DEEPEST: usize = 32;
 /// Members looked at for one name, all anonymous structs together: the same in breadth.
 const MOST_MEMBERS: usize = 1 << 16;
+/// Section of per-CPU variables (Linux v6.12 include/linux/percpu-defs.h).
+const PER_CPU: &str = ".data..percpu";
 /// Size of a pointer on x86-64.
 const POINTER: u64 = 8;
 
@@ -53,17 +53,7 @@ pub enum TypeError {
 /// Type layouts of one kernel.
 #[derive(Debug, Default)]
 pub struct Types {
-    source: Source,
-}
-
-#[derive(Debug, Default)]
-enum Source {
-    #[default]
-    None,
-    Btf(Box<Btf>),
-    #[allow(dead_code, reason = "until kernels without BTF are read")]
-    /// Found without type information: members by `struct` and path, sizes by `struct` and "".
-    Known(BTreeMap<(&'static str, &'static str), Member>),
+    btf: Option<Box<Btf>>,
 }
 
 impl Types {
@@ -73,27 +63,14 @@ impl Types {
     /// [`BtfError`].
     pub fn from_btf(data: Vec<u8>) -> Result<Self, BtfError> {
         Ok(Self {
-            source: Source::Btf(Box::new(Btf::parse(data)?)),
+            btf: Some(Box::new(Btf::parse(data)?)),
         })
-    }
-
-    #[allow(dead_code, reason = "until kernels without BTF are read")]
-    /// Only the members listed as `(struct, path, member)`; an empty path tells the size of the struct.
-    pub(crate) fn from_known(
-        known: impl IntoIterator<Item = (&'static str, &'static str, Member)>,
-    ) -> Self {
-        let known = known
-            .into_iter()
-            .map(|(within, path, member)| ((within, path), member));
-        Self {
-            source: Source::Known(known.collect()),
-        }
     }
 
     /// Whether nothing at all is known.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
-        matches!(self.source, Source::None)
+        self.btf.is_none()
     }
 
     /// Where the member lies; `path` may go through nested and anonymous structs: `"thread.sp"`.
@@ -105,22 +82,13 @@ impl Types {
             within: within.to_owned(),
             member: path.to_owned(),
         };
-        match &self.source {
-            Source::None => Err(TypeError::NoStruct(within.to_owned())),
-            Source::Known(known) => {
-                // The keys are static: compare by value.
-                let found = known.iter().find(|(key, _)| **key == (within, path));
-                found.map(|(_, member)| *member).ok_or_else(missing)
-            }
-            Source::Btf(btf) => {
-                let outer = btf.composite(within).ok_or_else(|| no_struct(within))?;
-                let found = find_path(btf, &outer, path).ok_or_else(missing)?;
-                found.ok_or_else(|| TypeError::BitField {
-                    within: within.to_owned(),
-                    member: path.to_owned(),
-                })
-            }
-        }
+        let btf = self.btf.as_ref().ok_or_else(|| no_struct(within))?;
+        let outer = btf.composite(within).ok_or_else(|| no_struct(within))?;
+        let found = find_path(btf, &outer, path).ok_or_else(missing)?;
+        found.ok_or_else(|| TypeError::BitField {
+            within: within.to_owned(),
+            member: path.to_owned(),
+        })
     }
 
     /// Offset of a member in bytes: [`member`](Self::member) for those who know its size.
@@ -136,25 +104,26 @@ impl Types {
     /// # Errors
     /// [`TypeError::NoStruct`].
     pub fn size_of(&self, name: &str) -> Result<u64, TypeError> {
-        let size = match &self.source {
-            Source::None => None,
-            Source::Known(known) => known
-                .iter()
-                .find(|(key, _)| **key == (name, ""))
-                .map(|(_, member)| member.size),
-            Source::Btf(btf) => btf
-                .composite(name)
-                .map(|found| u64::from(found.size_or_type)),
-        };
-        size.ok_or_else(|| no_struct(name))
+        let found = self.btf.as_ref().and_then(|btf| btf.composite(name));
+        found
+            .map(|found| u64::from(found.size_or_type))
+            .ok_or_else(|| no_struct(name))
+    }
+
+    /// Offset of a per-CPU variable within each CPU's area: BTF lists them all, also where kallsyms has
+    /// no data symbols. `None` where there is none of that name, or several.
+    #[must_use]
+    pub fn per_cpu(&self, name: &str) -> Option<u64> {
+        let btf = self.btf.as_ref()?;
+        let mut found = btf.variables(PER_CPU).filter(|(other, _)| *other == name);
+        let (_, offset) = found.next()?;
+        found.next().is_none().then_some(u64::from(offset))
     }
 
     /// Value of an enumerator: of several of that name the first.
     #[must_use]
     pub fn enumerator(&self, name: &str) -> Option<i64> {
-        let Source::Btf(btf) = &self.source else {
-            return None;
-        };
+        let btf = self.btf.as_ref()?;
         let enums = btf
             .types()
             .filter(|found| matches!(found.kind, Kind::Enum | Kind::Enum64));
@@ -259,7 +228,12 @@ fn size_of(btf: &Btf, id: u32) -> Option<u64> {
                 found = plain(btf, of)?;
                 continue;
             }
-            Kind::Forward | Kind::Other | Kind::Typedef | Kind::Qualifier => return None,
+            Kind::Forward
+            | Kind::Variable
+            | Kind::Section
+            | Kind::Other
+            | Kind::Typedef
+            | Kind::Qualifier => return None,
             _ => u64::from(found.size_or_type),
         };
         return elements.checked_mul(size);
