@@ -85,16 +85,23 @@ impl Default for Machine {
 }
 
 impl Machine {
-    /// Two halted vCPUs in user mode; RAM that differs from byte to byte; an empty slot.
+    /// Two vCPUs in user mode; RAM that differs from byte to byte; an empty slot.
     #[must_use]
     pub fn new() -> Self {
-        let pattern = (0..RAM)
-            .map(|at| (at.wrapping_mul(31) >> 3) as u8)
-            .collect();
+        let pattern = (0..RAM).map(|at| (at.wrapping_mul(31) >> 3) as u8);
+        Self::with(
+            pattern.collect(),
+            vec![vcpu_in_user_mode(0), vcpu_in_user_mode(1)],
+        )
+    }
+
+    /// RAM from guest-physical zero, and what the vCPUs' registers hold; an empty slot.
+    #[must_use]
+    pub fn with(ram: Vec<u8>, vcpus: Vec<Vcpu>) -> Self {
         Self {
-            ram: RefCell::new(pattern),
+            ram: RefCell::new(ram),
             slot: RefCell::new(vec![0; usize::try_from(SLOT_SIZE).unwrap()]),
-            vcpus: RefCell::new(vec![vcpu_in_user_mode(0), vcpu_in_user_mode(1)]),
+            vcpus: RefCell::new(vcpus),
             faults: RefCell::default(),
             seen: RefCell::default(),
             watcher: RefCell::default(),
@@ -120,7 +127,7 @@ impl Machine {
 
     /// Puts bytes into RAM or slot as the guest or an earlier boot would have: neither counted nor shown.
     pub fn set(&self, at: Gpa, bytes: &[u8]) {
-        self.with(at, bytes.len(), |into| into.copy_from_slice(bytes))
+        self.at(at, bytes.len(), |into| into.copy_from_slice(bytes))
             .unwrap();
     }
 
@@ -156,7 +163,7 @@ impl Machine {
         Some(faults.remove(at))
     }
 
-    fn with<T>(
+    fn at<T>(
         &self,
         at: Gpa,
         len: usize,
@@ -175,7 +182,7 @@ impl Machine {
     }
 
     fn peek(&self, at: Gpa, len: usize) -> Result<Vec<u8>, MemoryError> {
-        self.with(at, len, |bytes| bytes.to_vec())
+        self.at(at, len, |bytes| bytes.to_vec())
     }
 
     fn put(&self, at: Gpa, new: &[u8], undo: bool) {
@@ -237,11 +244,12 @@ pub fn vcpu_in_kernel(index: u32, rip: Gva) -> Vcpu {
 
 impl PhysicalMemory for Machine {
     fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
-        self.with(at, into.len(), |bytes| into.copy_from_slice(bytes))
+        self.at(at, into.len(), |bytes| into.copy_from_slice(bytes))
     }
 
     fn ram(&self) -> Vec<GpaRange> {
-        GpaRange::sized(Gpa(0), RAM).into_iter().collect()
+        let size = self.ram.borrow().len() as u64;
+        GpaRange::sized(Gpa(0), size).into_iter().collect()
     }
 }
 
