@@ -242,10 +242,10 @@ impl Trial<'_> {
                 }
                 ("retpoline", true)
             }
-            SiteKind::Return
-            | SiteKind::Alternative { .. }
-            | SiteKind::RuntimeConstant { .. }
-            | SiteKind::Paravirt { .. } => return Ok(()),
+            SiteKind::Alternative { .. } => return self.padded_call(image, site, running),
+            SiteKind::Return | SiteKind::RuntimeConstant { .. } | SiteKind::Paravirt { .. } => {
+                return Ok(());
+            }
         };
         if !tolerated {
             return Err((offset, Reason::Site(what)));
@@ -261,6 +261,26 @@ impl Trial<'_> {
         if image.bytes.get(offset) == Some(&0xf0) && tolerance::lock_prefix(running) {
             return image
                 .write(site.offset, running)
+                .map_err(|error| (offset, error.into()));
+        }
+        Ok(())
+    }
+
+    /// With call-depth tracking a call that an alternative begins with leads to the padding before its
+    /// function (Linux v6.12 arch/x86/kernel/callthunks.c, `patch_alt_call_sites`).
+    fn padded_call(&self, image: &mut Image, site: &Site, running: &[u8]) -> Outcome {
+        let offset = site.offset as usize;
+        let (Some(padding), Some(call)) = (self.matcher.facts.call_padding, running.first_chunk())
+        else {
+            return Ok(());
+        };
+        let built = image
+            .bytes
+            .get(offset..)
+            .and_then(|rest| rest.first_chunk());
+        if built.is_some_and(|built| tolerance::padded_call(built, call, padding)) {
+            return image
+                .write(site.offset, call)
                 .map_err(|error| (offset, error.into()));
         }
         Ok(())

@@ -58,6 +58,18 @@ const fn signed(distance: i64) -> u64 {
     distance.cast_unsigned()
 }
 
+/// A call that leads `padding` bytes before where the built one does.
+#[must_use]
+pub fn padded_call(built: &[u8; 5], running: &[u8; 5], padding: u64) -> bool {
+    let distance = |&[opcode, a, b, c, d]: &[u8; 5]| {
+        (opcode == 0xe8).then(|| i64::from(i32::from_le_bytes([a, b, c, d])))
+    };
+    match (distance(built), distance(running)) {
+        (Some(built), Some(running)) => built.checked_sub_unsigned(padding) == Some(running),
+        _ => false,
+    }
+}
+
 /// A call that may be any of those its key allows now.
 #[derive(Clone, Copy, Debug)]
 pub struct StaticCall {
@@ -226,6 +238,17 @@ mod tests {
         };
         assert!(call(FUNCTION).accepts(&before, &tracked));
         assert!(!call(FUNCTION).accepts(&before, &facts()));
+    }
+
+    #[test]
+    fn a_padded_call_leads_before_its_function_by_just_the_padding() {
+        let built = branch(0xe8, AT, FUNCTION).unwrap();
+        let before = |bytes| branch(0xe8, AT, Gva(FUNCTION.0 - bytes)).unwrap();
+        assert!(padded_call(&built, &before(9), 9));
+        assert!(!padded_call(&built, &before(8), 9));
+        assert!(!padded_call(&built, &built, 9));
+        let jump = branch(0xe9, AT, Gva(FUNCTION.0 - 9)).unwrap();
+        assert!(!padded_call(&built, &jump, 9));
     }
 
     #[test]

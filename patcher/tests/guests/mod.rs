@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::target::{Edit, MemoryError};
@@ -28,21 +28,38 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// The dump of that name, if there are dumps.
-    pub(crate) fn open(name: &str) -> Option<Self> {
-        let Some(folder) = std::env::var_os("VMPATCH_DUMPS") else {
-            eprintln!(
-                "SKIPPED: VMPATCH_DUMPS names no folder of guest dumps; nothing was compared"
-            );
-            return None;
+    /// Every dump of a kernel of that release, with its name.
+    pub(crate) fn all(release: &str) -> Vec<(String, Self)> {
+        let Some(folder) = folder() else {
+            return Vec::new();
         };
-        let dump = Dump::open(&PathBuf::from(folder).join(name)).unwrap();
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut paths: Vec<_> = entries
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.join("ram.bin").exists())
+            .collect();
+        paths.sort();
+        let named = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().into_owned();
+        paths
+            .iter()
+            .map(|path| (named(path), Self::at(path)))
+            .filter(|(_, guest)| guest.kernel.identity.release == release)
+            .collect()
+    }
+
+    fn at(folder: &Path) -> Self {
+        let dump = Dump::open(folder).unwrap();
         let kernel = Kernel::attach(&dump, dump.vcpus()).unwrap();
-        Some(Self {
+        Self {
             kernel,
             dump,
             pages: RefCell::default(),
-        })
+        }
+    }
+
+    /// Undoes every write.
+    pub(crate) fn forget(&self) {
+        self.pages.borrow_mut().clear();
     }
 
     /// The arena slot.
@@ -113,6 +130,14 @@ impl PhysicalMemory for Guest {
     fn ram(&self) -> Vec<GpaRange> {
         self.dump.ram()
     }
+}
+
+fn folder() -> Option<PathBuf> {
+    let folder = std::env::var_os("VMPATCH_DUMPS").map(PathBuf::from);
+    if folder.is_none() {
+        eprintln!("SKIPPED: VMPATCH_DUMPS names no folder of guest dumps; nothing was compared");
+    }
+    folder
 }
 
 /// Every sample patch, by name.
