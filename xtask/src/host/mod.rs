@@ -99,11 +99,18 @@ fn direct(job: &Job) -> Result<i32> {
     Ok(status.and_then(|s| s.code()).unwrap_or(124))
 }
 
-/// The job as a shell script in its output folder, the same for both places.
+/// The job as a shell script in its output folder. The test host keeps a VM open beside it, see [`crate::inside`].
 fn write_script(job: &Job) -> Result<PathBuf> {
     let mut text = String::from("#!/bin/sh\n");
     for (name, value) in &job.env {
         text.push_str(&format!("export {name}={}\n", quoted(value)));
+    }
+    if let Place::TestHost = place() {
+        let xtask = std::env::current_exe().context("cannot find this program")?;
+        text.push_str(&format!(
+            "{} inside hold-kvm &\n",
+            quoted(&xtask.to_string_lossy())
+        ));
     }
     text.push_str(&format!(
         "cd {} || exit 126\nexec",

@@ -2,13 +2,14 @@
 //! everything prepared; they find it by the variables of [`crate::workbench`].
 
 mod demo;
+mod hold;
 mod soak;
 mod stats;
 
 use anyhow::Result;
 use clap::Subcommand;
 
-/// The drivers.
+/// The drivers, and what the test host itself needs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Inside {
     /// Patch and roll back once, for people to watch
@@ -16,6 +17,8 @@ pub(crate) enum Inside {
         /// The guest
         guest: String,
     },
+    /// Keep one VM open
+    HoldKvm,
     /// Patch and roll back many times
     Soak {
         /// The guest
@@ -29,6 +32,7 @@ pub(crate) enum Inside {
 pub(crate) fn run(inside: &Inside) -> Result<i32> {
     match inside {
         Inside::Demo { guest } => demo::run(guest),
+        Inside::HoldKvm => hold::run(),
         Inside::Soak { guest, cycles } => soak::run(guest, *cycles),
     }
 }
