@@ -5,7 +5,9 @@
 mod support;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -235,4 +237,37 @@ fn too_many_clients_are_turned_away_and_room_comes_back() {
     assert!(client::status(&served.path()).is_err());
     drop(many);
     eventually(|| client::status(&served.path()).is_ok());
+}
+
+#[test]
+#[ignore = "the process of another user that `another_user_is_turned_away` starts"]
+fn the_other_user() {
+    let stream = UnixStream::connect(std::env::var(CHILD_VM).unwrap()).unwrap();
+    let answer = ask(&stream, br#"{"jsonrpc":"2.0","id":1,"method":"vm.status"}"#);
+    println!("answered: {}", answer.is_some());
+}
+
+#[test]
+fn another_user_is_turned_away() {
+    let Some(kvm) = kvm() else { return };
+    let served = Served::new(guest(&kvm, &LOOP, 1, recorder()));
+    let (path, socket) = (served.server.place().path(), served.server.place().socket());
+    // Opens every door but the check of who knocks.
+    for (path, mode) in [(served.base.path(), 0o755), (path, 0o755), (&socket, 0o777)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "--nocapture", "the_other_user"])
+        .env(CHILD_VM, &socket)
+        .uid(65534)
+        .output();
+    let output = match child {
+        Ok(output) if output.status.success() => String::from_utf8(output.stdout).unwrap(),
+        failed => {
+            eprintln!("SKIPPED: cannot run a process as another user: {failed:?}");
+            return;
+        }
+    };
+    assert!(output.contains("answered: false"), "{output}");
+    assert!(client::status(&served.path()).is_ok());
 }

@@ -1,9 +1,13 @@
 //! Waiting on a word and waking who waits on it. Owns the futex system calls and nothing else.
 #![allow(unsafe_code)]
 
+use std::io;
 use std::ptr;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
+
+/// How long to sleep where only one word can be slept on.
+const WITHOUT_WAITV: Duration = Duration::from_millis(5);
 
 /// Who shares the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +52,8 @@ pub(crate) fn wait_either(
     let limit = until.map(|until| monotonic_in(until.saturating_duration_since(Instant::now())));
     let limit = limit.as_ref().map_or(ptr::null(), ptr::from_ref);
     // SAFETY: both words are borrowed for the whole call, the array holds two waiters, and `limit` is
-    // null or points to a timespec that outlives the call. Every result means: look again.
-    unsafe {
+    // null or points to a timespec that outlives the call. Every result but one means: look again.
+    let result = unsafe {
         libc::syscall(
             libc::SYS_futex_waitv,
             waiters.as_ptr(),
@@ -59,6 +63,11 @@ pub(crate) fn wait_either(
             libc::CLOCK_MONOTONIC,
         )
     };
+    let missing = io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS);
+    if result < 0 && missing {
+        // An older host kernel: the second word is noticed late instead.
+        wait(shared.0, shared.1, Some(WITHOUT_WAITV), Sharing::Shared);
+    }
 }
 
 /// Wakes everybody who sleeps on `word`.

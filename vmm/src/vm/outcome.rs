@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use vmpatch_introspect::address::Gva;
 use vmpatch_introspect::vcpu::Vcpu;
 
 /// How a machine ended.
@@ -27,6 +28,11 @@ impl fmt::Display for Outcome {
         }
     }
 }
+
+/// Where a CPU begins after a reset (AMD64 Architecture Programmer's Manual vol. 2 section 14.1.5). On AMD
+/// hosts KVM resets a vCPU whose shutdown it sees: the hardware leaves nothing defined (Linux v6.12
+/// arch/x86/kvm/svm/svm.c, shutdown_interception).
+const RESET_RIP: Gva = Gva(0xfff0);
 
 /// Why a vCPU could not go on, with what it held.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,7 +111,14 @@ impl fmt::Display for Crash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "vCPU {}: {}", self.vcpu, self.fault)?;
         match &self.registers {
-            Some(registers) => write_registers(f, registers)?,
+            Some(registers) => {
+                if self.fault == Fault::TripleFault && registers.rip == RESET_RIP {
+                    let why =
+                        "an AMD CPU loses the registers of a triple fault; these are a reset CPU's";
+                    write!(f, "\n  ({why})")?;
+                }
+                write_registers(f, registers)?;
+            }
             None => write!(f, "\n  (its registers could not be read)")?,
         }
         match self.code.is_empty() {
