@@ -34,7 +34,7 @@ impl PhysicalMemory for Damaged<'_> {
         for block in at.0.max(self.from) / 64..end.div_ceil(64) {
             let chance = self.chance(block);
             let place = block * 64 + (chance >> 40) % 64;
-            if chance % self.rarity == 0 && (at.0..end).contains(&place) {
+            if chance.is_multiple_of(self.rarity) && (at.0..end).contains(&place) {
                 into[(place - at.0) as usize] ^= (chance >> 32) as u8;
             }
         }

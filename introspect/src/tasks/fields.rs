@@ -51,6 +51,26 @@ pub(crate) struct RunQueue {
     pub(crate) current: u64,
     /// Head in the queue and node in the task: `cfs_tasks`, `se.group_node`.
     pub(crate) fair: Option<(u64, u64)>,
+    pub(crate) real_time: Option<RealTime>,
+}
+
+/// The real-time part of a run queue: one list for each priority, and a bit for each that is not empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RealTime {
+    pub(crate) bitmap: u64,
+    pub(crate) queues: u64,
+    /// `rt.run_list` in a task.
+    pub(crate) node: u64,
+}
+
+impl RealTime {
+    fn of(types: &Types) -> Result<Self, TypeError> {
+        Ok(Self {
+            bitmap: types.offset_of("rq", "rt.active.bitmap")?,
+            queues: types.offset_of("rq", "rt.active.queue")?,
+            node: types.offset_of("task_struct", "rt.run_list")?,
+        })
+    }
 }
 
 impl TaskFields {
@@ -100,6 +120,7 @@ impl RunQueue {
             idle: types.offset_of("rq", "idle")?,
             current: types.offset_of("rq", "curr")?,
             fair: fair.ok(),
+            real_time: RealTime::of(types).ok(),
         })
     }
 }

@@ -10,11 +10,15 @@ use std::collections::HashSet;
 use crate::address::{Gva, GvaRange};
 use crate::kernel::AttachError;
 use crate::paging::{KernelMemory, ReadError};
-use crate::tasks::fields::{COMM, TaskFields};
+use crate::tasks::fields::{COMM, RealTime, TaskFields};
 use crate::tasks::{Task, TaskKind};
 
 /// `PF_KTHREAD` (Linux v6.12 include/linux/sched.h).
 const KERNEL_THREAD: u32 = 0x0020_0000;
+
+/// `MAX_RT_PRIO` (Linux v6.12 include/linux/sched/prio.h) and the size of `struct list_head`.
+const REAL_TIME_PRIORITIES: u64 = 100;
+const LIST_HEAD: u64 = 16;
 
 /// Where the lists begin.
 #[derive(Clone, Debug)]
@@ -102,7 +106,8 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// What runs or is runnable and was on no list so far: exiting tasks that were preempted.
+    /// What runs or is runnable and was on no list so far: exiting tasks that were preempted. Deadline
+    /// tasks that wait for their CPU are not looked for.
     fn run_queues(&mut self, heads: &Heads<'_>) -> Result<(), AttachError> {
         let (Some(base), Some(members)) = (heads.run_queues, self.fields.run_queue) else {
             return Ok(());
@@ -118,6 +123,22 @@ impl Walk<'_> {
             if let Some((head, node)) = members.fair {
                 self.list(queue.wrapping_add(head), node, TaskKind::Exiting)?;
             }
+            if let Some(members) = members.real_time {
+                self.real_time(queue, members)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The lists of the priorities whose bit is set; the last bit is a delimiter.
+    fn real_time(&mut self, queue: Gva, members: RealTime) -> Result<(), AttachError> {
+        let bitmap = self
+            .memory
+            .read_array::<16>(queue.wrapping_add(members.bitmap))?;
+        let bitmap = u128::from_le_bytes(bitmap);
+        for priority in (0..REAL_TIME_PRIORITIES).filter(|bit| bitmap >> bit & 1 != 0) {
+            let head = members.queues + priority * LIST_HEAD;
+            self.list(queue.wrapping_add(head), members.node, TaskKind::Exiting)?;
         }
         Ok(())
     }
