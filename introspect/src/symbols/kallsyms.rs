@@ -9,6 +9,8 @@ use crate::symbols::{Row, Symbols};
 
 /// Longest name (Linux v6.12 include/linux/kallsyms.h, KSYM_NAME_LEN), with room to spare.
 const LONGEST_NAME: usize = 1024;
+/// Most bytes of all names, spelled out. Linux v6.12 as Debian has it needs 4 MiB.
+const MOST_TEXT: usize = 64 << 20;
 
 /// What is known of some symbols before the tables are read.
 #[derive(Clone, Debug)]
@@ -78,24 +80,23 @@ fn decode(memory: &KernelMemory<'_>, tables: &NameTables, evidence: &Evidence) -
 
 /// All names in a row, and a row for each whose address is still to be filled in.
 fn spell(tables: &NameTables) -> Option<(String, Vec<Row>)> {
-    let expanded: Vec<&[u8]> = (0..=u8::MAX).map(|byte| tables.tokens.get(byte)).collect();
-    let mut names = Vec::with_capacity(tables.names.len() * 2);
+    let mut speller = Speller::new(tables);
     let mut rows = Vec::with_capacity(tables.count as usize);
     let mut rest = tables.names.as_slice();
     while !rest.is_empty() {
         let (header, len) = tables::name_length(rest)?;
         let (packed, after) = rest.get(header..)?.split_at_checked(len)?;
         rest = after;
-        let start = names.len();
+        let start = speller.end;
         for &byte in packed {
-            names.extend_from_slice(expanded.get(usize::from(byte))?);
+            speller.push(byte)?;
+            if speller.end - start > LONGEST_NAME {
+                return None;
+            }
         }
         // The first letter is the kind.
-        let kind = *names.get(start)?;
-        let len = names.len() - start - 1;
-        if len > LONGEST_NAME {
-            return None;
-        }
+        let kind = *speller.text.get(start).filter(|_| speller.end > start)?;
+        let len = speller.end - start - 1;
         let name = (u32::try_from(start + 1).ok()?, u16::try_from(len).ok()?);
         rows.push(Row {
             at: Gva(0),
@@ -103,7 +104,64 @@ fn spell(tables: &NameTables) -> Option<(String, Vec<Row>)> {
             kind,
         });
     }
-    Some((String::from_utf8(names).ok()?, rows))
+    speller.text.truncate(speller.end);
+    Some((String::from_utf8(speller.text).ok()?, rows))
+}
+
+/// Puts tokens one after the other. Most are short: those are copied whole, with what lies behind them,
+/// which the next one overwrites. That is one store each, and there are a million.
+struct Speller<'a> {
+    short: Vec<([u8; SHORT], usize)>,
+    long: Vec<&'a [u8]>,
+    text: Vec<u8>,
+    /// How much of `text` is spelled so far.
+    end: usize,
+}
+
+/// Longest token that is copied whole.
+const SHORT: usize = 16;
+
+impl<'a> Speller<'a> {
+    fn new(tables: &'a NameTables) -> Self {
+        let long: Vec<&[u8]> = (0..=u8::MAX).map(|byte| tables.tokens.get(byte)).collect();
+        let short = |token: &&[u8]| {
+            let mut padded = [0; SHORT];
+            padded
+                .iter_mut()
+                .zip(token.iter())
+                .for_each(|(to, from)| *to = *from);
+            (padded, token.len())
+        };
+        let short = long.iter().map(short).collect();
+        // Names are packed to less than half.
+        Self {
+            short,
+            long,
+            text: vec![0; (tables.names.len() * 3).min(MOST_TEXT) + SHORT],
+            end: 0,
+        }
+    }
+
+    fn push(&mut self, byte: u8) -> Option<()> {
+        let (token, len) = *self.short.get(usize::from(byte))?;
+        let room = self.end + len.max(SHORT);
+        if room > self.text.len() {
+            let len = room.checked_mul(2).filter(|len| *len <= MOST_TEXT)?;
+            self.text.resize(len, 0);
+        }
+        if len <= SHORT {
+            self.text
+                .get_mut(self.end..self.end + SHORT)?
+                .copy_from_slice(&token);
+        } else {
+            let token = self.long.get(usize::from(byte))?;
+            self.text
+                .get_mut(self.end..self.end + len)?
+                .copy_from_slice(token);
+        }
+        self.end += len;
+        Some(())
+    }
 }
 
 /// Positions of the symbols that the evidence names, with the address each must have. A name that
