@@ -18,10 +18,15 @@ fn inspect(guest: &Guest, what: &[&str]) -> Vec<Value> {
         .unwrap_or_else(|| panic!("not a list: {}", answer.stdout))
 }
 
+/// Addresses are hexadecimal strings in JSON.
+fn address(value: &Value) -> u64 {
+    u64::from_str_radix(value.as_str().unwrap().trim_start_matches("0x"), 16).unwrap()
+}
+
 fn symbol_line(row: &Value) -> String {
     format!(
         "{:016x} {} {}",
-        row["at"].as_u64().unwrap(),
+        address(&row["at"]),
         row["kind"].as_str().unwrap(),
         row["name"].as_str().unwrap()
     )

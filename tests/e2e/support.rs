@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use tempfile::TempDir;
-use vmpatch_testkit::{Boot, Guest, Image, Side, Tool, patch_file};
+use vmpatch_testkit::{Boot, Guest, Image, Side, Tool, objects, patch_file};
 
 /// Changes the first line of /proc/version.
 pub(crate) const VERSION: &str = "proc-version";
@@ -53,7 +53,14 @@ pub(crate) fn patch(name: &str, side: Side) -> Patch {
 /// Builds a patch for some guest.
 pub(crate) fn patch_for(guest: &str, name: &str, side: Side) -> Patch {
     let dir = tempfile::tempdir().unwrap();
-    let file = patch_file(&tool(), guest, name, side, dir.path()).unwrap();
+    let file = patch_file(
+        &tool(),
+        &objects(guest, name).unwrap(),
+        name,
+        side,
+        dir.path(),
+    )
+    .unwrap();
     Patch { dir, file }
 }
 

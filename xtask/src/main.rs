@@ -5,6 +5,7 @@ mod checksum;
 mod commands;
 mod cpio;
 mod dependencies;
+mod dumps;
 mod host;
 mod images;
 mod inside;
@@ -43,6 +44,9 @@ enum Task {
     Test(commands::test::TestArgs),
     /// Apply and roll back many times in one boot of a busy guest
     Soak(commands::soak::SoakArgs),
+    /// Measure, each bench ending with one line of JSON
+    #[command(subcommand)]
+    Bench(commands::bench::Bench),
     /// Make guest images: kernel, first file system, planted module
     Images(commands::images::ImagesArgs),
     /// Compile the two objects that a test patch is made from
@@ -73,6 +77,7 @@ fn dispatch(task: Task) -> Result<i32> {
         Task::Demo(args) => commands::demo::run(&args),
         Task::Test(args) => commands::test::run(&args),
         Task::Soak(args) => commands::soak::run(&args),
+        Task::Bench(bench) => commands::bench::run(&bench),
         Task::Images(args) => commands::images::run(&args),
         Task::Lint => commands::lint::run(),
         Task::Objects(args) => commands::objects::run(&args),

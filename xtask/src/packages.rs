@@ -1,6 +1,7 @@
 //! A guest's packages in the cache: fetched, checked against the manifest, unpacked. Does not install any of them.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -98,6 +99,25 @@ pub(crate) fn unpacked(guest: &Guest, package: &Package) -> Result<PathBuf> {
     staging.publish()?;
     step.done();
     Ok(target)
+}
+
+/// A module of the guest's own package, uncompressed: busybox loads plain ones only.
+pub(crate) fn module(guest: &Guest, tree: &Path, module: &str) -> Result<Vec<u8>> {
+    let plain = tree.join(format!(
+        "lib/modules/{}/kernel/{module}.ko",
+        guest.release()
+    ));
+    if plain.exists() {
+        return fs::read(&plain).with_context(|| format!("cannot read {}", plain.display()));
+    }
+    let packed = plain.with_extension("ko.xz");
+    let file =
+        fs::File::open(&packed).with_context(|| format!("cannot open {}", packed.display()))?;
+    let mut bytes = Vec::new();
+    xz2::read::XzDecoder::new(file)
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("cannot unpack {}", packed.display()))?;
+    Ok(bytes)
 }
 
 fn debs() -> Result<PathBuf> {

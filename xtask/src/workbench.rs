@@ -58,6 +58,16 @@ impl Workbench {
         &self.out
     }
 
+    /// The product.
+    pub(crate) fn vmpatch(&self) -> &Path {
+        &self.vmpatch
+    }
+
+    /// The folder of guest images.
+    pub(crate) fn guests(&self) -> Result<PathBuf> {
+        Ok(paths::cache()?.join("guests"))
+    }
+
     /// Runs a command where stock kernels can run.
     pub(crate) fn run(&self, argv: Vec<String>, limit: std::time::Duration) -> Result<i32> {
         let job = Job {
@@ -83,10 +93,7 @@ impl Workbench {
         let text = |path: &Path| path.display().to_string();
         let mut env = crate::commands::host::host_env();
         env.push(("VMPATCH_BIN".to_owned(), text(&self.vmpatch)));
-        env.push((
-            "VMPATCH_GUESTS".to_owned(),
-            text(&paths::cache()?.join("guests")),
-        ));
+        env.push(("VMPATCH_GUESTS".to_owned(), text(&self.guests()?)));
         env.push((
             "VMPATCH_OBJECTS".to_owned(),
             text(&self.out.join("objects")),

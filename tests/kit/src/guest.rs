@@ -29,6 +29,10 @@ pub struct Boot {
     pub cmdline: String,
     /// The ELF kernel instead of the bzImage.
     pub elf: bool,
+    /// Another first file system than the image's own.
+    pub initrd: Option<PathBuf>,
+    /// What a line holds that tells that the guest is up.
+    pub ready: String,
     /// How long it may take until init is ready.
     pub limit: Duration,
     /// More arguments for `vmpatch run`.
@@ -59,12 +63,16 @@ impl Image {
     pub fn named(name: &str) -> Result<Self> {
         let root = std::env::var_os("VMPATCH_GUESTS")
             .context("VMPATCH_GUESTS is not set; run this by `cargo xtask`")?;
-        let dir = PathBuf::from(root).join(name);
+        Self::in_folder(PathBuf::from(root).join(name))
+    }
+
+    /// The image in this folder.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn in_folder(dir: PathBuf) -> Result<Self> {
         if !dir.join("stamp").exists() {
-            bail!(
-                "no guest image {} (cargo xtask images {name})",
-                dir.display()
-            );
+            bail!("no guest image {} (cargo xtask images)", dir.display());
         }
         Ok(Self { dir })
     }
@@ -97,6 +105,8 @@ impl Boot {
             memory: "256M".to_owned(),
             cmdline: String::new(),
             elf: false,
+            initrd: None,
+            ready: "@ready ".to_owned(),
             limit: Duration::from_secs(180),
             args: Vec::new(),
         }
@@ -138,7 +148,7 @@ impl Boot {
         };
         guest
             .console
-            .wait(0, self.limit, |l| l.starts_with("@ready "))
+            .wait(0, self.limit, |l| l.contains(&self.ready))
             .context("the guest does not come up")?;
         guest.boot_time = since.elapsed();
         guest.baseline = Baseline::of(&guest.console.since(0));
@@ -160,7 +170,7 @@ impl Boot {
             .arg("--kernel")
             .arg(image.file(if self.elf { "vmlinux" } else { "vmlinuz" }))
             .arg("--initrd")
-            .arg(image.file("initrd"))
+            .arg(self.initrd.clone().unwrap_or_else(|| image.file("initrd")))
             .args([
                 "--cmdline",
                 &format!("console=ttyS0 panic=-1 loglevel=5 {}", self.cmdline),

@@ -27,18 +27,17 @@ pub fn objects(guest: &str, patch: &str) -> Result<PathBuf> {
         .with_context(|| format!("no objects in {}", dir.display()))
 }
 
-/// Builds a patch file in `dir`.
+/// Builds a patch file in `dir` from the pair in `objects`.
 ///
 /// # Errors
 /// `vmpatch build` refuses; the message holds its words.
 pub fn patch_file(
     tool: &Tool,
-    guest: &str,
+    objects: &Path,
     patch: &str,
     side: Side,
     dir: &Path,
 ) -> Result<PathBuf> {
-    let objects = objects(guest, patch)?;
     let (old, new) = match side {
         Side::Forward => ("old.o", "new.o"),
         Side::Backward => ("new.o", "old.o"),
@@ -57,6 +56,6 @@ pub fn patch_file(
     ]);
     tool.call(words)?
         .expect_code(0)
-        .with_context(|| format!("cannot build {patch} for {guest}"))?;
+        .with_context(|| format!("cannot build {patch} from {}", objects.display()))?;
     Ok(file)
 }

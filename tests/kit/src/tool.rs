@@ -38,10 +38,16 @@ impl Tool {
     pub fn from_env() -> Result<Self> {
         let path = std::env::var_os("VMPATCH_BIN")
             .context("VMPATCH_BIN is not set; run this by `cargo xtask`")?;
-        Ok(Self {
+        Ok(Self::at(path))
+    }
+
+    /// The binary at this place.
+    #[must_use]
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self {
             path: path.into(),
             env: Vec::new(),
-        })
+        }
     }
 
     /// The same tool with one more variable in its environment.

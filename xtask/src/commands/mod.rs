@@ -1,5 +1,6 @@
 //! One file a developer command.
 
+pub(crate) mod bench;
 pub(crate) mod demo;
 pub(crate) mod host;
 pub(crate) mod images;

@@ -10,7 +10,7 @@ use clap::Args;
 use super::setup;
 use crate::tally::Tally;
 use crate::workbench::{PATCHES, Workbench, build_test};
-use crate::{paths, progress, run};
+use crate::{dumps, paths, progress, run};
 
 /// Guests and which end-to-end tests each goes through: all of them, or those whose names hold one of these.
 const SUITES: [(&str, &[&str]); 3] = [
@@ -38,10 +38,12 @@ pub(crate) struct TestArgs {
 pub(crate) fn run(args: &TestArgs) -> Result<i32> {
     let manifest = setup::tools()?;
     if !args.e2e {
+        let dumps = dumps::make(&manifest)?;
         progress::note("unit tests");
         run::shown(
             Command::new("cargo")
                 .args(["test", "--workspace", "--locked"])
+                .env("VMPATCH_DUMPS", dumps)
                 .current_dir(paths::repo()),
         )?;
     }

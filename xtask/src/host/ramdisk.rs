@@ -1,7 +1,6 @@
 //! The first file system of the test host: busybox, the modules that make `/dev/kvm`, init. Rebuilt when any of it changes.
 
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -53,30 +52,13 @@ fn archive(manifest: &Manifest, guest: &Guest, tree: &Path, init: &[u8]) -> Resu
         archive.file(
             &format!("modules/{name}.ko"),
             0o644,
-            &module_bytes(guest, tree, module)?,
+            &packages::module(guest, tree, module)?,
         )?;
         order.push_str(name);
         order.push('\n');
     }
     archive.file("modules/order", 0o644, order.as_bytes())?;
     Ok(archive.finish()?)
-}
-
-/// A module of the guest's own package, uncompressed: busybox loads plain ones only.
-fn module_bytes(guest: &Guest, tree: &Path, module: &str) -> Result<Vec<u8>> {
-    let plain = tree.join(format!(
-        "lib/modules/{}/kernel/{module}.ko",
-        guest.release()
-    ));
-    if plain.exists() {
-        return read(&plain);
-    }
-    let packed = plain.with_extension("ko.xz");
-    let mut bytes = Vec::new();
-    xz2::read::XzDecoder::new(read(&packed)?.as_slice())
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("cannot unpack {}", packed.display()))?;
-    Ok(bytes)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

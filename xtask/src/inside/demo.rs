@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use vmpatch_testkit::{Answer, Boot, Guest, Image, Side, Tool, patch_file};
+use vmpatch_testkit::{Answer, Boot, Guest, Image, Side, Tool, objects, patch_file};
 
 /// The patch of the demo and what the loop shows while it is in.
 const PATCH: &str = "proc-version";
@@ -28,7 +28,7 @@ struct Report {
 pub(super) fn run(name: &str) -> Result<i32> {
     let (tool, image) = (Tool::from_env()?, Image::named(name)?);
     let dir = std::env::temp_dir();
-    let file = patch_file(&tool, name, PATCH, Side::Forward, &dir)?;
+    let file = patch_file(&tool, &objects(name, PATCH)?, PATCH, Side::Forward, &dir)?;
     let file = file.to_str().context("a path that is not UTF-8")?;
     say(&format!(
         "booting {} with {VCPUS} vCPUs; a loop in it prints /proc/version",

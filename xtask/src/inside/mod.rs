@@ -4,7 +4,7 @@
 mod demo;
 mod hold;
 mod soak;
-mod stats;
+pub(crate) mod stats;
 
 use anyhow::Result;
 use clap::Subcommand;

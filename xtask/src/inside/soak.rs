@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use serde::Serialize;
-use vmpatch_testkit::{Boot, Image, Side, Soak, SoakReport, Tool, patch_file};
+use vmpatch_testkit::{Boot, Image, Side, Soak, SoakReport, Tool, objects, patch_file};
 
 use super::stats::percentile;
 
@@ -12,7 +12,13 @@ const VCPUS: u32 = 2;
 /// Boots and runs the cycles; fails if the guest shows any trace of them.
 pub(super) fn run(name: &str, cycles: u32) -> Result<i32> {
     let (tool, image) = (Tool::from_env()?, Image::named(name)?);
-    let file = patch_file(&tool, name, PATCH, Side::Forward, &std::env::temp_dir())?;
+    let file = patch_file(
+        &tool,
+        &objects(name, PATCH)?,
+        PATCH,
+        Side::Forward,
+        &std::env::temp_dir(),
+    )?;
     println!("# booting {} with {VCPUS} vCPUs", image.release()?);
     let mut guest = Boot::new("soak").vcpus(VCPUS).start(&tool, &image)?;
     let soak = Soak {
