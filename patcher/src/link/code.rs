@@ -346,3 +346,138 @@ fn stands_for_a_site(name: &str) -> bool {
         || name == "__x86_return_thunk"
         || name.starts_with("__x86_indirect_thunk_")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::place::Shape;
+    use super::super::tests::{Fake, facts};
+    use super::*;
+    use crate::arena::Extent;
+    use crate::patch::{RelocationKind, Requirement};
+
+    const HELPER: Gva = Gva(0xffff_ffff_8100_4000);
+
+    fn guest(name: &str) -> Symbol {
+        Symbol::Guest {
+            name: name.into(),
+            sympos: None,
+        }
+    }
+
+    fn relocation(offset: u64, symbol: u32) -> Relocation {
+        Relocation {
+            offset,
+            kind: RelocationKind::Relative32,
+            symbol,
+            addend: -4,
+        }
+    }
+
+    /// One section of code: ten bytes, two branches.
+    fn patch(symbols: Vec<Symbol>, sites: Vec<Site>) -> Patch {
+        let section = Section {
+            name: ".text.f".into(),
+            kind: SectionKind::Text,
+            align: 16,
+            bytes: vec![0xe8, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0],
+            relocations: vec![relocation(1, 0), relocation(6, 1)],
+            sites,
+        };
+        Patch {
+            name: "p".into(),
+            requires: Requirement::default(),
+            replaced: Vec::new(),
+            sections: vec![section],
+            symbols,
+        }
+    }
+
+    fn site(offset: u64, len: u8, kind: SiteKind) -> Site {
+        Site { offset, len, kind }
+    }
+
+    fn linked(patch: &Patch) -> Result<(Vec<u8>, Vec<u8>), Obstacle> {
+        let mut live = Fake::new();
+        live.name("helper", HELPER);
+        live.name("twice", HELPER);
+        live.name("twice", Gva(HELPER.0 + 64));
+        live.name("__x86_return_thunk", Gva(HELPER.0 + 128));
+        let shape = Shape::of(patch, 0);
+        let extent = Extent {
+            page: 0,
+            pages: 1,
+            kind: SectionKind::Text,
+        };
+        let context = Context {
+            patch,
+            live: &live,
+            facts: &facts(),
+            names: &Names::look_up(&patch.symbols, &live),
+            learned: &Learned::new(),
+            placement: &shape.place_again(&[extent]).unwrap(),
+        };
+        let linked = link(&context, shape.most_pieces()).map_err(|error| error.why)?;
+        Ok((linked.sections[0].clone(), linked.pieces))
+    }
+
+    fn call_to(target: Gva) -> [u8; 5] {
+        relocate::branch(0xe8, Gva(0xffff_ffff_ff00_0000), target).unwrap()
+    }
+
+    #[test]
+    fn calls_reach_the_guest_and_returns_are_what_boot_makes_of_them() {
+        let symbols = vec![guest("helper"), guest("__x86_return_thunk")];
+        let (code, pieces) = linked(&patch(symbols, vec![site(5, 5, SiteKind::Return)])).unwrap();
+        assert_eq!(code[..5], call_to(HELPER));
+        assert_eq!(code[5..], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
+        assert!(pieces.is_empty());
+    }
+
+    #[test]
+    fn the_call_to_ftrace_becomes_a_nop_though_the_guest_has_no_such_function() {
+        let symbols = vec![guest("__fentry__"), guest("helper")];
+        let (code, _) = linked(&patch(symbols, vec![site(0, 5, SiteKind::Fentry)])).unwrap();
+        assert_eq!(code[..5], NOP5);
+    }
+
+    #[test]
+    fn a_jump_to_the_return_thunk_that_is_no_return_site_is_refused() {
+        let symbols = vec![guest("helper"), guest("__x86_return_thunk")];
+        assert!(matches!(
+            linked(&patch(symbols, Vec::new())),
+            Err(Obstacle::Unmarked(_))
+        ));
+    }
+
+    #[test]
+    fn a_symbol_that_is_not_known_for_certain_is_refused() {
+        let absent = linked(&patch(vec![guest("nothing"), guest("helper")], Vec::new()));
+        assert_eq!(absent, Err(Obstacle::Absent("nothing".into())));
+        let twice = linked(&patch(vec![guest("twice"), guest("helper")], Vec::new()));
+        assert!(matches!(twice, Err(Obstacle::Ambiguous { count: 2, .. })));
+        let bytes = Symbol::OldBytes {
+            section: ".rodata".into(),
+            bytes: vec![1],
+        };
+        let old = linked(&patch(vec![bytes, guest("helper")], Vec::new()));
+        assert!(matches!(old, Err(Obstacle::OldBytes(_))));
+    }
+
+    #[test]
+    fn a_static_branch_jumps_to_a_test_of_its_key_and_a_short_one_is_refused() {
+        let reference = |addend| Reference { symbol: 0, addend };
+        let label = SiteKind::JumpLabel {
+            key: reference(0),
+            target: reference(0x40),
+            inverted: false,
+        };
+        let symbols = || vec![guest("helper"), guest("helper")];
+        let (code, pieces) = linked(&patch(symbols(), vec![site(5, 5, label.clone())])).unwrap();
+        assert_eq!((code[5], pieces.len()), (0xe9, 32));
+        assert_eq!(pieces[..2], [0x83, 0x3d]);
+        assert!(matches!(
+            linked(&patch(symbols(), vec![site(5, 2, label)])),
+            Err(Obstacle::Site(_))
+        ));
+    }
+}

@@ -27,7 +27,24 @@ pub(crate) mod tests {
 
     use vmpatch_introspect::{Gpa, Gva, ReadError};
 
+    use super::boot::returns::Returns;
+    use super::boot::{Facts, Rules};
     use super::live::Live;
+
+    /// A boot with no mitigation and no features.
+    pub(crate) fn facts() -> Facts {
+        Facts {
+            rules: Rules::Single,
+            features: None,
+            returns: Returns::Plain,
+            indirect: None,
+            call_padding: None,
+            ibt: false,
+            isolated: false,
+            paravirt_nop: None,
+            paravirt_bug: None,
+        }
+    }
 
     /// A guest of a few named bytes.
     #[derive(Default)]

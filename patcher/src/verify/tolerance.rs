@@ -175,25 +175,11 @@ pub fn nameless_thunk(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::link::boot::Rules;
+    use crate::link::tests::facts;
 
     const AT: Gva = Gva(0xffff_ffff_8100_0000);
     const TRAMPOLINE: Gva = Gva(0xffff_ffff_8100_1000);
     const FUNCTION: Gva = Gva(0xffff_ffff_8100_2000);
-
-    fn facts() -> Facts {
-        Facts {
-            rules: Rules::Single,
-            features: None,
-            returns: Returns::Plain,
-            indirect: None,
-            call_padding: None,
-            ibt: false,
-            isolated: false,
-            paravirt_nop: None,
-            paravirt_bug: None,
-        }
-    }
 
     fn call(function: Gva) -> StaticCall {
         let return_zero = Some(Gva(0x77));

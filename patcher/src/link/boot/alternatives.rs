@@ -211,9 +211,8 @@ fn call_of(target: Gva, at: Gva, site: &Site, facts: &Facts) -> Result<Vec<u8>, 
 
 #[cfg(test)]
 mod tests {
-    use super::super::returns::Returns;
     use super::*;
-    use crate::link::tests::Fake;
+    use crate::link::tests::{Fake, facts as plain};
     use crate::patch::{Fragment, Relocation, RelocationKind, SiteKind};
     use vmpatch_introspect::features::CpuFeatures;
 
@@ -223,13 +222,8 @@ mod tests {
         Facts {
             rules,
             features: Some(CpuFeatures::new(vec![features])),
-            returns: Returns::Plain,
-            indirect: None,
-            call_padding: None,
-            ibt: false,
-            isolated: false,
             paravirt_nop: Some(Gva(0xffff_ffff_8200_0000)),
-            paravirt_bug: None,
+            ..plain()
         }
     }
 
