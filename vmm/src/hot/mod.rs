@@ -3,4 +3,5 @@
 
 pub(crate) mod map;
 pub(crate) mod page;
+mod registers;
 pub(crate) mod server;
