@@ -85,12 +85,14 @@ fn from_instructions(side: &Side, function: usize) -> Vec<Site> {
 fn from_references(side: &Side, function: usize) -> Vec<Site> {
     let view = &side.code[function];
     let found = view.references.iter().filter_map(|it| {
-        // The object that defines a static call holds its trampoline too.
-        if !matches!(it.target, Target::Outside { .. } | Target::Function { .. }) {
-            return None;
-        }
+        // The trampoline of a static call may be in the same object.
+        let is_entry = matches!(
+            it.target,
+            Target::Outside { distance: 0, .. } | Target::Function { distance: 0, .. }
+        );
+        let name = is_entry.then(|| side.name_of(&it.target))?;
         let instruction = view.instructions.at(it.offset)?;
-        let kind = kind_of_destination(&side.name_of(&it.target), instruction.flow)?;
+        let kind = kind_of_destination(&name, instruction.flow)?;
         let len = u8::try_from(instruction.end - instruction.start).ok()?;
         Some(Site {
             offset: instruction.start,

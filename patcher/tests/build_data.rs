@@ -1,0 +1,240 @@
+//! Data: what the guest has already stays the guest's, what is new comes along, what has other values is
+//! refused.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "only tests are here")]
+
+mod objects;
+
+use objects::{named, new_body, nothing, only, own, patch, refusal, refused, replaced};
+use vmpatch_patcher::patch::SectionKind;
+
+#[test]
+fn state_of_the_guest_is_never_duplicated() {
+    let old = "static int count = 5; static int seen;
+        int show(int n) { seen += n; return count++ + seen; }";
+    let (patch, report) = patch(old, &old.replace("+= n", "+= n * 3"));
+    let names = named(&patch, &new_body(&patch).relocations);
+    assert!(names.contains(&"guest count".to_owned()), "{names:?}");
+    assert!(names.contains(&"guest seen".to_owned()), "{names:?}");
+    assert_eq!(patch.sections.len(), 1);
+    assert_eq!(report.new, []);
+}
+
+#[test]
+fn new_variables_come_along_with_their_values() {
+    let old = "int show(int n) { return n; }";
+    let new = "static int fresh = 0x1234; static long zero[3];
+        int show(int n) { zero[n]++; return fresh++ + n; }";
+    let (patch, report) = patch(old, new);
+    let (fresh, zero) = (own(&patch, "fresh"), own(&patch, "zero"));
+    assert_eq!(
+        (fresh.kind, &fresh.bytes[..]),
+        (SectionKind::Data, &[0x34, 0x12, 0, 0][..])
+    );
+    assert_eq!(
+        (zero.kind, &zero.bytes[..]),
+        (SectionKind::Data, &[0; 24][..])
+    );
+    assert_eq!(
+        report.new.iter().filter(|it| it.kind == "variable").count(),
+        2
+    );
+}
+
+#[test]
+fn pointers_in_new_data_are_followed() {
+    let old = "int old_one(int n) { return n; } int show(int n) { return n; }";
+    let new = "int old_one(int n) { return n; }
+        static noinline int new_one(int n) { return n + 4; }
+        struct op { int (*f)(int); const char *name; };
+        static const struct op ops[] = { { old_one, \"one\" }, { new_one, \"two\" } };
+        int show(int n) { return ops[n].f(n) + ops[n].name[0]; }";
+    let (patch, _) = patch(old, new);
+    let ops = own(&patch, "ops");
+    assert_eq!(ops.kind, SectionKind::ReadOnly);
+    let names = named(&patch, &ops.relocations);
+    assert_eq!(names[0], "guest old_one");
+    assert_eq!(names[2], "own new_one");
+    assert!(names[1].starts_with("own .rodata") && names[3].starts_with("own .rodata"));
+}
+
+#[test]
+fn static_variables_keep_their_state_when_their_number_changes() {
+    let old = "int show(int n) { static int seen; seen += n; return seen; }";
+    let new = "noinline int other(int n) { static int seen; return seen++; }
+        int show(int n) { static int seen; seen += n * 3; return seen + other(n); }";
+    let (patch, _) = patch(old, new);
+    assert_eq!(replaced(&patch), ["show"]);
+    let old_name = named(&patch, &only(&patch).old.relocations)
+        .into_iter()
+        .find(|it| it.starts_with("guest seen"))
+        .unwrap();
+    let names = named(&patch, &new_body(&patch).relocations);
+    assert!(names.contains(&old_name), "{names:?}");
+}
+
+#[test]
+fn numbers_alone_make_no_difference() {
+    let show = "int show(int n) { static int seen; seen += n; return printk(__func__) + seen; }";
+    let other = "static int extra(void) { static int seen; return printk(__func__) + seen++; }
+        int call(void) { return extra(); }";
+    let report = nothing(&format!("{show} {other}"), &format!("{other} {show}"));
+    assert_eq!(report.unchanged, 2);
+}
+
+#[test]
+fn a_static_variable_that_may_be_one_of_several_is_refused() {
+    let old = "int show(int n) { { static int seen; seen += n; use(&seen); }
+        { static int seen; seen ^= n; use(&seen); } return n; }";
+    let new = "int show(int n) { { static int seen; seen += n * 3; use(&seen); }
+        { static int seen; seen ^= n; use(&seen); }
+        { static int seen; seen -= n; use(&seen); } return n; }";
+    let report = refused(old, new);
+    assert!(
+        report
+            .refused
+            .iter()
+            .all(|it| it.reason.contains("may be one of several")),
+        "{report}"
+    );
+    assert!(
+        report.refused.iter().all(|it| it.name == "show"),
+        "{report}"
+    );
+}
+
+#[test]
+fn a_changed_initial_value_is_refused_even_if_only_unchanged_code_uses_it() {
+    let old = "int limit = 5; int show(int n) { return n + limit; }";
+    let (section, name, reason) = refusal(old, &old.replace("= 5", "= 6"));
+    assert_eq!((section.as_str(), name.as_str()), (".data.limit", "limit"));
+    assert!(reason.contains("value"), "{reason}");
+}
+
+#[test]
+fn a_changed_table_of_functions_is_refused() {
+    let old = "int a(int n) { return n; } int b(int n) { return n + 2; }
+        int (*const table[])(int) = { a, b };";
+    let (section, name, _) = refusal(old, &old.replace("{ a, b }", "{ b, a }"));
+    assert_eq!(
+        (section.as_str(), name.as_str()),
+        (".rodata.table", "table")
+    );
+}
+
+#[test]
+fn a_changed_size_is_refused() {
+    let old = "int room[4]; int show(int n) { return room[n]; }";
+    let (_, name, _) = refusal(old, &old.replace("[4]", "[8]"));
+    assert_eq!(name, "room");
+}
+
+#[test]
+fn constants_without_identity_are_copied_when_they_change() {
+    let old =
+        "int show(int n) { switch (n) { case 0: return 11; case 1: return 22; case 2: return 9;
+        case 3: return 44; case 4: return 7; case 5: return 66; default: return 0; } }";
+    let (patch, _) = patch(old, &old.replace("44", "45"));
+    assert_eq!(replaced(&patch), ["show"]);
+    let table = patch
+        .sections
+        .iter()
+        .find(|it| it.name.contains("CSWTCH"))
+        .unwrap();
+    assert!(table.bytes.windows(4).any(|it| it == 45_u32.to_le_bytes()));
+}
+
+#[test]
+fn new_per_cpu_variables_are_refused_by_name() {
+    let old = "int show(int n) { return n; }";
+    let new = "section(\".data..percpu\") int mine = 3; int show(int n) { return n + mine; }";
+    let (section, name, reason) = refusal(old, new);
+    assert_eq!((section.as_str(), name.as_str()), (".data..percpu", "show"));
+    assert!(
+        reason.contains("per-CPU") && reason.contains("mine"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn per_cpu_variables_of_the_guest_are_named() {
+    let old = "section(\".data..percpu\") int mine = 3; int show(int n) { return n + mine; }";
+    let (patch, _) = patch(old, &old.replace("n + mine", "n - mine"));
+    let names = named(&patch, &new_body(&patch).relocations);
+    assert!(names.contains(&"guest mine".to_owned()), "{names:?}");
+}
+
+#[test]
+fn new_once_variables_are_refused_and_known_ones_named() {
+    let once = "({ static section(\".data..once\") _Bool done; if (!done) { done = 1; \
+        printk(\"once\"); } })";
+    let old = format!("int show(int n) {{ {once}; return n; }}");
+    let (patch, _) = patch(&old, &old.replace("return n", "return n * 3"));
+    let names = named(&patch, &new_body(&patch).relocations);
+    assert!(
+        names.iter().any(|it| it.starts_with("guest done")),
+        "{names:?}"
+    );
+    let (section, name, _) = refusal("int show(int n) { return n; }", &old);
+    assert_eq!((section.as_str(), name.as_str()), (".data..once", "show"));
+}
+
+#[test]
+fn exports_and_parameters_that_come_or_change_are_refused() {
+    let export = |what: &str| {
+        format!(
+            "int show(int n) {{ return n; }} int tell(int n) {{ return n + 3; }}
+             asm(\".section .export_symbol,\\\"a\\\"\\n .asciz \\\"GPL\\\"\\n .balign 8\\n \
+             .quad {what}\\n .previous\");"
+        )
+    };
+    let (section, _, _) = refusal(&export("show"), &export("tell"));
+    assert_eq!(section, ".export_symbol");
+    let old = "int level; int show(int n) { return n + level; }";
+    let new = format!("{old} section(\"__param\") void *param_level = &level;");
+    let (section, name, _) = refusal(old, &new);
+    assert_eq!(
+        (section.as_str(), name.as_str()),
+        ("__param", "param_level")
+    );
+}
+
+#[test]
+fn new_pr_debug_descriptors_are_refused_and_moved_lines_ignored() {
+    let descriptor = |line: u32| {
+        format!(
+            "struct d {{ const char *text; unsigned line; }};
+             int show(int n) {{ static section(\"__dyndbg\") struct d __UNIQUE_ID_ddebug7 = \
+             {{ \"text\", {line} }}; return printk(\"x\", &__UNIQUE_ID_ddebug7) + n; }}"
+        )
+    };
+    let report = nothing(&descriptor(5), &descriptor(6));
+    assert_eq!(report.ignored.len(), 1);
+    let (section, name, _) = refusal("int show(int n) { return n; }", &descriptor(5));
+    assert_eq!((section.as_str(), name.as_str()), ("__dyndbg", "show"));
+}
+
+#[test]
+fn init_data_is_of_no_account() {
+    let old = "section(\".init.data\") int early = 5; int show(int n) { return n; }";
+    let report = nothing(old, &old.replace("= 5", "= 6"));
+    assert_eq!(report.ignored.len(), 1);
+    assert!(report.ignored[0].reason.contains("boot"));
+}
+
+#[test]
+fn a_variable_that_is_gone_is_reported() {
+    let old = "int kept; int gone; int show(int n) { return n + kept; }";
+    let report = nothing(old, &old.replace("int gone;", ""));
+    assert_eq!(report.ignored.len(), 1);
+    assert_eq!(report.ignored[0].what, "gone");
+}
+
+#[test]
+fn anonymous_constants_are_compared_and_copied() {
+    let old = "struct pair { long a, b; }; extern void take(const struct pair *);
+        int show(int n) { static const char big[] = \"0123456789\"; take(&(const struct pair){ 1, 2 });
+        return big[n]; }";
+    let (patch, _) = patch(old, &old.replace("0123456789", "0123456780"));
+    assert_eq!(replaced(&patch), ["show"]);
+    assert!(patch.sections.iter().any(|it| it.bytes == b"0123456780\0"));
+}
