@@ -22,7 +22,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     times.sort();
     let at = |share: usize| {
         let index = (times.len() * share / 100).min(times.len().saturating_sub(1));
-        times.get(index).map_or(0.0, |time| time.as_secs_f64() * 1e3)
+        times
+            .get(index)
+            .map_or(0.0, |time| time.as_secs_f64() * 1e3)
     };
     let (kernel, symbols, tasks) = found;
     println!(
@@ -39,5 +41,12 @@ fn once(folder: &Path) -> Result<(Duration, (String, usize, usize)), Box<dyn Err
     let kernel = Kernel::attach(&dump, dump.vcpus())?;
     let tasks = kernel.tasks(&dump)?.len();
     let time = since.elapsed();
-    Ok((time, (kernel.identity.release.clone(), kernel.symbols.iter().count(), tasks)))
+    Ok((
+        time,
+        (
+            kernel.identity.release.clone(),
+            kernel.symbols.iter().count(),
+            tasks,
+        ),
+    ))
 }

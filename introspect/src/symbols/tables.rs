@@ -66,7 +66,8 @@ pub(crate) struct NameTables {
     pub(crate) after_tokens: Gva,
 }
 
-/// Every set of name tables in `range`, best evidence first: each is complete and consistent in itself.
+/// Hands every set of name tables in `range` to `accept`, each complete and consistent in itself, until one
+/// is taken; says whether one was.
 ///
 /// # Errors
 /// The range cannot be read.
@@ -231,8 +232,8 @@ fn names_at(bytes: &[u8], start: usize, markers: &[u32]) -> Option<(u32, usize)>
 }
 
 /// Length of the length of a compressed name, and that length: two bytes if bit 7 of the first is set
-/// (Linux commit 73bbb94466fd ("kallsyms: support "big" kernel symbols") (in v6.1)). No older kernel
-/// has a name of 128 tokens, so the bit decides for all.
+/// (Linux commit 73bbb94466fd ("kallsyms: support "big" kernel symbols") (in v6.1)). Older
+/// kernels allowed names of 127 bytes, which compression shortens, so the bit decides for all.
 pub(crate) fn name_length(bytes: &[u8]) -> Option<(usize, usize)> {
     let first = usize::from(*bytes.first()?);
     if first == 0 {

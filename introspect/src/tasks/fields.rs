@@ -125,7 +125,7 @@ impl RunQueue {
     }
 }
 
-/// Linux commit 6b70399f9ef3 ("rcu-tasks: Add data to eliminate RCU-tasks/do_exit() deadlocks") (in v6.9).
+/// Linux commit bfe93930ea1e ("rcu-tasks: Add data to eliminate RCU-tasks/do_exit() deadlocks") (in v6.9).
 fn exit_list(types: &Types) -> Result<(u64, u64), TypeError> {
     let node = types.offset_of("task_struct", "rcu_tasks_exit_list")?;
     Ok((types.offset_of("rcu_tasks_percpu", "rtp_exit_list")?, node))

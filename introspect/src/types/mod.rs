@@ -50,7 +50,8 @@ pub enum TypeError {
     },
 }
 
-/// Type layouts of one kernel.
+/// Type layouts of one kernel. A kernel without BTF has none: its symbols, identity and vCPUs are known,
+/// but what needs the layout of a struct (tasks, modules, log) is refused by name.
 #[derive(Debug, Default)]
 pub struct Types {
     btf: Option<Box<Btf>>,
