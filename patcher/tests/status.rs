@@ -225,6 +225,20 @@ fn after_a_reboot_the_patches_of_the_earlier_boot_are_stale() {
 }
 
 #[test]
+fn the_manifest_that_an_earlier_boot_left_tells_what_is_stale_without_a_journal() {
+    let bench = Bench::new();
+    bench.apply("a").unwrap();
+    lose_journal(&bench);
+    let report = status::report(bench.folder.path(), &bench.machine, "b008");
+    assert!(report.patches.is_empty());
+    let stale = &report.stale[0];
+    assert_eq!(
+        (stale.name.as_str(), stale.boot.as_str(), stale.unix_ms),
+        ("a", BOOT, None)
+    );
+}
+
+#[test]
 fn an_intent_of_an_earlier_boot_is_stale_and_settled() {
     let bench = Bench::new();
     let change = Change::apply(&sample::verified(&bench.machine, "a"), &bench.machine).unwrap();

@@ -80,7 +80,7 @@ fn state(patch: &PatchReport) -> String {
 
 fn interrupted(open: &Interrupted) -> String {
     let what = format!(
-        "an {} of patch {} was interrupted",
+        "{} of patch {} was interrupted",
         open.operation.verb(),
         open.patch
     );

@@ -19,6 +19,7 @@ pub struct Ledger {
     pub(super) entries: Vec<Entry>,
     known: Known,
     interrupted: Option<Interrupted>,
+    pub(super) manifest: Option<Manifest>,
     manifest_trouble: Option<String>,
 }
 
@@ -71,6 +72,7 @@ impl Ledger {
             entries,
             known,
             interrupted,
+            manifest,
             manifest_trouble,
         })
     }

@@ -36,7 +36,7 @@ fn of_ledger(ledger: &Ledger, vm: &dyn Target) -> Report {
         boot: ledger.boot().to_owned(),
         patches: report::patches(ledger.known(), &ledger.entries, ledger.boot(), vm),
         interrupted: ledger.interrupted().cloned(),
-        stale: report::stale(&ledger.entries, ledger.boot()),
+        stale: report::stale(&ledger.entries, ledger.manifest.as_ref(), ledger.boot()),
         notes: manifest.into_iter().collect(),
     }
 }
@@ -59,7 +59,7 @@ fn without_ledger(folder: &Path, vm: &dyn Target, boot: &str, trouble: &JournalE
         boot: boot.to_owned(),
         patches: report::patches(&known, &entries, boot, vm),
         interrupted: None,
-        stale: report::stale(&entries, boot),
+        stale: report::stale(&entries, manifest.as_ref(), boot),
         notes,
     }
 }

@@ -6,8 +6,11 @@ use vmpatch_introspect::{Gva, PhysicalMemory};
 
 use super::known::{Known, KnownPatch, Source, State};
 use super::settle::{Interrupted, Verdict};
-use crate::arena::PatchRecord;
+use crate::arena::{Manifest, PatchRecord};
 use crate::journal::{Ending, Entry, Operation};
+
+/// More patches than one boot has arena pages; the manifest that an earlier one left may claim anything.
+const MAX_STALE: usize = 1024;
 
 /// All that holds of the patches of one VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,8 +81,8 @@ pub struct StalePatch {
     pub name: String,
     /// The boot it was applied in.
     pub boot: String,
-    /// When, in milliseconds since 1970.
-    pub unix_ms: u64,
+    /// When, in milliseconds since 1970; `None` where only the manifest it left behind tells of it.
+    pub unix_ms: Option<u64>,
 }
 
 impl Report {
@@ -117,7 +120,7 @@ pub(super) fn patches(
 }
 
 /// Patches that stood when an earlier boot ended, the latest boot last.
-pub(super) fn stale(entries: &[Entry], boot: &str) -> Vec<StalePatch> {
+pub(super) fn stale(entries: &[Entry], manifest: Option<&Manifest>, boot: &str) -> Vec<StalePatch> {
     let mut boots: Vec<&str> = Vec::new();
     for begun in entries
         .iter()
@@ -128,15 +131,38 @@ pub(super) fn stale(entries: &[Entry], boot: &str) -> Vec<StalePatch> {
         }
     }
     let standing = |boot: &&str| crate::journal::history::standing(entries, boot);
-    boots
+    let mut stale: Vec<_> = boots
         .iter()
         .flat_map(standing)
         .map(|(_, begun)| StalePatch {
             name: begun.patch.name.clone(),
             boot: begun.boot.clone(),
-            unix_ms: begun.unix_ms,
+            unix_ms: Some(begun.unix_ms),
         })
-        .collect()
+        .collect();
+    for left in left_behind(manifest, boot) {
+        if !stale
+            .iter()
+            .any(|known| known.name == left.name && known.boot == left.boot)
+        {
+            stale.push(left);
+        }
+    }
+    stale
+}
+
+/// What an earlier boot left in the slot: patches that it had placed.
+fn left_behind(manifest: Option<&Manifest>, boot: &str) -> Vec<StalePatch> {
+    let earlier = manifest.filter(|manifest| manifest.boot != boot);
+    let patches = earlier.into_iter().flat_map(|manifest| {
+        let boot = &manifest.boot;
+        manifest.patches.iter().map(move |patch| StalePatch {
+            name: patch.name.clone(),
+            boot: boot.clone(),
+            unix_ms: None,
+        })
+    });
+    patches.take(MAX_STALE).collect()
 }
 
 fn report(
