@@ -1,5 +1,5 @@
-//! Layouts of kernel types, by member path. Filled from BTF in guest RAM ([`btf`]), or without BTF
-//! nothing is known. Owns the paths; knows no bytes.
+//! Layouts of kernel types, by member path. Filled from BTF in guest RAM ([`btf`]); without BTF nothing
+//! is known. Owns the paths; knows no bytes.
 
 pub(crate) mod btf;
 pub(crate) mod search;
