@@ -90,6 +90,23 @@ fn a_moved_line_of_a_warning_is_reported_and_changes_nothing() {
 }
 
 #[test]
+fn a_line_that_a_warning_prints_may_move_but_no_other_number() {
+    let at = |line, number| {
+        let warn = warn(line);
+        format!(
+            "int show(int n) {{ if (n == 9) {{ printk(\"%d\", {line}); {warn}; }} return {number}; }}"
+        )
+    };
+    let report = nothing(&at(42, 7), &at(43, 7));
+    assert_eq!(report.ignored.len(), 1, "{report}");
+    // The number is not a line in both objects, so it counts.
+    let report = refused(&at(42, 42), &at(43, 42));
+    assert_eq!(report.replaced.len(), 1, "{report}");
+    let report = refused(&at(42, 7), &at(43, 8));
+    assert_eq!(report.replaced.len(), 1, "{report}");
+}
+
+#[test]
 fn an_access_that_may_fault_is_refused_in_new_code() {
     let old = "int show(int *p) { int v = 0; return v + 1; }";
     let new = "int show(int *p) { int v = 0; asm volatile(\"1: movl (%1), %0\\n2:\\n\

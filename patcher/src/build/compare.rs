@@ -1,5 +1,6 @@
 //! Which functions differ, and in what. Owns the verdict; what is done about it is [`super::collect`]'s.
 
+use super::instructions::Instruction;
 use super::key::{self, Content, Key, Names};
 use super::reference::Target;
 use super::side::Side;
@@ -81,7 +82,11 @@ fn spread_to_parts(new: &Side, verdicts: &mut [Verdict]) {
 type Seen<'a> = (&'a Side, &'a Names, usize);
 
 fn compare(old: Seen<'_>, new: Seen<'_>) -> Verdict {
-    let (before, after) = (code(old), code(new));
+    let (mut before, mut after) = (code(old), code(new));
+    if before.bytes != after.bytes {
+        mask_lines(old, &mut before.bytes);
+        mask_lines(new, &mut after.bytes);
+    }
     if before.bytes != after.bytes {
         return Verdict::Changed("instructions");
     }
@@ -110,6 +115,41 @@ fn code((side, names, function): Seen<'_>) -> Content {
         side.function_bytes(function),
         &side.code[function].references,
     )
+}
+
+/// Puts the number of a warning in the place of its line where an instruction loads the line for a message
+/// (`WARN(…, __LINE__)` as in `ASSERT_RTNL`, Linux v6.12 include/linux/rtnetlink.h): the same number in both
+/// objects then means the same warning, whatever line it moved to.
+fn mask_lines((side, _, function): Seen<'_>, bytes: &mut [u8]) {
+    let lines: Vec<u32> = side.entries[function]
+        .iter()
+        .filter_map(|it| match it.special {
+            Special::Bug { line, .. } => Some(u32::from(line)),
+            _ => None,
+        })
+        .collect();
+    for instruction in side.code[function].instructions.iter() {
+        let Some(field) = loaded_number(bytes, instruction) else {
+            continue;
+        };
+        let value = u32::from_le_bytes(*field);
+        if let Some(number) = lines.iter().position(|line| *line == value) {
+            *field = (u32::MAX - number as u32).to_le_bytes();
+        }
+    }
+}
+
+/// The immediate of `mov $imm32, %reg32` (Intel SDM vol. 2, MOV, B8+rd), a REX prefix or none before it.
+fn loaded_number<'a>(bytes: &'a mut [u8], instruction: &Instruction) -> Option<&'a mut [u8; 4]> {
+    let (start, end) = (instruction.start as usize, instruction.end as usize);
+    let is_load = matches!(
+        bytes.get(start..end)?,
+        [0xb8..=0xbf, _, _, _, _] | [0x41, 0xb8..=0xbf, _, _, _, _]
+    );
+    bytes
+        .get_mut(end.checked_sub(4).filter(|_| is_load)?..end)?
+        .try_into()
+        .ok()
 }
 
 /// An entry in comparable form, and the line number that does not count.
