@@ -2,6 +2,7 @@
 //! kernels can run; alone they are ignored.
 
 mod apply;
+mod boot;
 mod busy;
 mod interrupted;
 mod lifecycle;

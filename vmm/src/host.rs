@@ -21,6 +21,9 @@ pub enum Kind {
     Hardware,
     /// Without it, as the PVM kind of KVM does: every instruction that an unmodified kernel executes is
     /// emulated, some cannot be, and CPUID cannot be shaped. Code fragments run; stock kernels do not.
+    /// A lean kernel boots slowly when its command line keeps it from instructions that the emulator does
+    /// not know (`clearcpuid=smap,smep,umip,fsgsbase,pcid,popcnt,rdrand,rdseed,cx16,xsave,erms,fsrm,…`,
+    /// `noxsave`) and from parsing its own BTF (`initcall_blacklist=kfunc_init,bpf_map_iter_init,…`).
     Software,
 }
 
