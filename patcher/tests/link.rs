@@ -264,3 +264,14 @@ fn a_window_that_the_guest_uses_is_left_alone() {
         Err(LinkError::Arena(ArenaError::Occupied { .. }))
     ));
 }
+
+#[test]
+fn every_kernel_tells_what_its_boot_decided_and_leaves_the_window_free() {
+    for (name, guest) in Guest::every() {
+        let view = link::Guest::new(&guest.kernel, &guest);
+        let facts = view.facts().unwrap();
+        eprintln!("{name}, {}: {facts:?}", guest.kernel.identity.release);
+        let arena = Arena::open(&guest.kernel, &guest, guest.slot()).unwrap();
+        assert!(!arena.is_mapped());
+    }
+}

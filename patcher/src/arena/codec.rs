@@ -212,4 +212,25 @@ mod tests {
             assert!(read(&slot, slot.range).is_err(), "bit {bit}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_guest_writes_with_a_right_checksum_is_read_without_a_panic(
+            body in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200),
+            generation: u64,
+        ) {
+            let mut bytes = encode(&manifest(generation)).unwrap();
+            bytes.truncate(HEADER);
+            bytes.splice(12..16, (body.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(&body);
+            bytes.splice(CRC_AT..CRC_AT + 4, [0; 4]);
+            let crc = checksum(&bytes).to_le_bytes();
+            bytes.splice(CRC_AT..CRC_AT + 4, crc);
+            let slot = Slot::new();
+            slot.write(place(slot.range, generation), &bytes);
+            if let Ok(Some(manifest)) = read(&slot, slot.range) {
+                proptest::prop_assert!(manifest.check());
+            }
+        }
+    }
 }

@@ -168,8 +168,9 @@ impl<'a> Names<'a> {
     }
 
     fn same_bytes(&self, section: &str, bytes: &[u8], found: Gva) -> Result<(), Disagreement> {
-        match self.live.bytes(found, bytes.len()) {
-            Ok(there) if there == bytes => Ok(()),
+        // Where nothing can be compared (what the guest itself writes) something must at least be there.
+        match self.live.bytes(found, bytes.len().max(1)) {
+            Ok(there) if there.starts_with(bytes) => Ok(()),
             _ => Err(Disagreement::OtherBytes {
                 found: self.live.describe(found),
                 section: section.to_owned(),
@@ -299,5 +300,18 @@ mod tests {
                 .is_err()
         );
         assert!(learned.is_empty());
+    }
+
+    #[test]
+    fn a_place_without_bytes_to_compare_must_at_least_exist() {
+        let mut live = fake();
+        live.put(Gva(0x5000), &[7]);
+        let place = [Symbol::OldBytes {
+            section: ".data".into(),
+            bytes: Vec::new(),
+        }];
+        let names = Names::look_up(&place, &live);
+        names.agree(&mut Learned::new(), 0, Gva(0x5000)).unwrap();
+        assert!(names.agree(&mut Learned::new(), 0, Gva(0x6000)).is_err());
     }
 }

@@ -30,6 +30,13 @@ pub(crate) struct Guest {
 impl Guest {
     /// Every dump of a kernel of that release, with its name.
     pub(crate) fn all(release: &str) -> Vec<(String, Self)> {
+        let mut guests = Self::every();
+        guests.retain(|(_, guest)| guest.kernel.identity.release == release);
+        guests
+    }
+
+    /// Every dump, with its name.
+    pub(crate) fn every() -> Vec<(String, Self)> {
         let Some(folder) = folder() else {
             return Vec::new();
         };
@@ -43,7 +50,6 @@ impl Guest {
         paths
             .iter()
             .map(|path| (named(path), Self::at(path)))
-            .filter(|(_, guest)| guest.kernel.identity.release == release)
             .collect()
     }
 
