@@ -110,7 +110,15 @@ fn stacks_of_sleeping_tasks_equal_what_proc_shows() {
             assert_eq!(begin(answer), begin(&shown));
         }
         eprintln!("{}: {equal} stacks equal, {moved} moved on", guest.name);
-        assert!(equal >= 50 && moved <= 3, "{}: {equal} {moved}", guest.name);
+        // Every task that has an answer was compared, but for those that a vCPU runs.
+        let running = guest.dump.vcpus().len();
+        assert!(moved <= 3, "{}: {moved} moved", guest.name);
+        assert!(
+            equal + moved + running >= expected.len(),
+            "{}: {equal} equal of {}",
+            guest.name,
+            expected.len()
+        );
     });
 }
 
@@ -180,7 +188,9 @@ fn idle_tasks_are_traced_to_where_their_cpu_started() {
                 "{names:#?}"
             );
             assert!(
-                names.iter().any(|name| name.starts_with("do_idle+")),
+                names
+                    .iter()
+                    .any(|name| name.starts_with("cpu_startup_entry+")),
                 "{names:#?}"
             );
         }
