@@ -12,6 +12,7 @@ use vmpatch_introspect::target::Edit;
 use vmpatch_patcher::arena::window::WINDOW_START;
 use vmpatch_patcher::arena::{Arena, ArenaError, PatchState};
 use vmpatch_patcher::link::ownership::OwnershipError;
+use vmpatch_patcher::link::region::RegionError;
 use vmpatch_patcher::link::{self, LinkError, Live, Plan};
 use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::verify::locate::LocateError;
@@ -246,6 +247,23 @@ fn a_patch_for_another_kernel_or_function_is_refused() {
             verified(guest, &module),
             Err(LinkError::Module { .. })
         ));
+    });
+}
+
+#[test]
+fn code_that_no_jump_may_leave_is_refused_by_where_it_lies() {
+    each(|guest, sample| {
+        for (name, region) in [
+            ("futex_init", RegionError::Init),
+            ("entry_SYSCALL_64", RegionError::EntryCode),
+            ("init_task", RegionError::NotText),
+        ] {
+            let other = changed(sample, |patch| patch.replaced[0].name = name.into());
+            match verified(guest, &other) {
+                Err(LinkError::Region { why, .. }) => assert_eq!(why, region, "{name}"),
+                result => panic!("{name}: {result:?}"),
+            }
+        }
     });
 }
 

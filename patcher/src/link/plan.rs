@@ -441,3 +441,24 @@ fn new_function(patch: &Patch, wanted: &Replacement, placement: &Placement) -> G
 fn sized(start: Gva, size: u64) -> GvaRange {
     GvaRange::sized(start, size).unwrap_or(GvaRange { start, end: start })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::Fake;
+    use super::*;
+
+    #[test]
+    fn a_jump_across_two_pages_is_two_edits_that_each_stay_on_one() {
+        let at = Gva(0xffff_ffff_8100_0ffd);
+        let mut live = Fake::new();
+        live.put(at, &[1, 2, 3, 4, 5]);
+        let edits = edits(&live, at, &[11, 12, 13, 14, 15]).unwrap();
+        let sides: Vec<_> = edits.iter().map(|it| (&it.old[..], &it.new[..])).collect();
+        assert_eq!(
+            sides,
+            [(&[1, 2, 3][..], &[11, 12, 13][..]), (&[4, 5], &[14, 15])]
+        );
+        assert_eq!(edits[1].at, live.physical(at.wrapping_add(3)).unwrap());
+        assert_eq!(edits[1].at.page_offset(), 0);
+    }
+}
