@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use vmpatch_testkit::Side;
 
-use crate::support::{CHANGED, VERSION, assert_changed, assert_no_trouble, boot, patch};
+use crate::support::{CHANGED, VERSION, assert_changed, assert_no_trouble, patch, shared};
 
 const SOON: Duration = Duration::from_secs(30);
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_running_loop_sees_the_change_and_the_way_back() {
-    let mut guest = boot("apply", "vmpatch.loop=/proc/version");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
     let patch = patch(VERSION, Side::Forward);
     let oracle = guest.oracle().unwrap();
     let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
@@ -66,13 +67,14 @@ fn a_running_loop_sees_the_change_and_the_way_back() {
         .unwrap();
     let after = guest.ram().unwrap().snapshot(&oracle).unwrap();
     assert_eq!((after.code, after.rodata), (before.code, before.rodata));
-    assert_no_trouble(&guest);
+    assert_no_trouble(guest);
 }
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_patch_is_applied_once() {
-    let mut guest = boot("twice", "");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
     let patch = patch(VERSION, Side::Forward);
     guest
         .call(&["apply", patch.path()])
@@ -88,7 +90,7 @@ fn a_patch_is_applied_once() {
         .unwrap();
     assert!(again.stdout.contains("already"), "{}", again.stdout);
     assert_eq!(guest.ram().unwrap().snapshot(&oracle).unwrap(), before);
-    assert_changed(&mut guest, true);
+    assert_changed(guest, true);
     guest
         .call(&["rollback", VERSION])
         .unwrap()
@@ -100,19 +102,25 @@ fn a_patch_is_applied_once() {
         .unwrap()
         .expect_code(0)
         .unwrap();
-    assert_changed(&mut guest, true);
-    assert_no_trouble(&guest);
+    assert_changed(guest, true);
+    guest
+        .call(&["rollback", VERSION])
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
+    assert_no_trouble(guest);
 }
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_patch_that_is_not_there_is_not_rolled_back() {
-    let mut guest = boot("absent", "");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
     let answer = guest
         .call(&["rollback", "no-such-patch"])
         .unwrap()
         .expect_code(3)
         .unwrap();
     assert!(answer.stdout.contains("no-such-patch"), "{}", answer.stdout);
-    assert_changed(&mut guest, false);
+    assert_changed(guest, false);
 }

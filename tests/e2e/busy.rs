@@ -2,12 +2,13 @@
 
 use vmpatch_testkit::Side;
 
-use crate::support::{PARKED, assert_no_trouble, boot, patch};
+use crate::support::{PARKED, assert_no_trouble, patch, shared};
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_parked_kthread_is_named_and_nothing_is_written() {
-    let mut guest = boot("busy", "");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
     let patch = patch(PARKED, Side::Forward);
     let pid = guest.planted("vmp_park").unwrap();
     let oracle = guest.oracle().unwrap();
@@ -33,13 +34,17 @@ fn a_parked_kthread_is_named_and_nothing_is_written() {
         answer.stdout
     );
     assert_eq!(guest.ram().unwrap().snapshot(&oracle).unwrap(), before);
-    assert_no_trouble(&guest);
+    assert_no_trouble(guest);
 }
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn once_nobody_is_parked_there_it_is_replaced() {
-    let guest = boot("free", "vmpatch.planted=park=0");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
+    guest
+        .ask("rmmod planted && insmod /planted.ko park=0")
+        .unwrap();
     let patch = patch(PARKED, Side::Forward);
     guest
         .call(&["apply", patch.path()])
@@ -51,5 +56,6 @@ fn once_nobody_is_parked_there_it_is_replaced() {
         .unwrap()
         .expect_code(0)
         .unwrap();
-    assert_no_trouble(&guest);
+    guest.ask("rmmod planted && insmod /planted.ko").unwrap();
+    assert_no_trouble(guest);
 }

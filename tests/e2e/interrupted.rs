@@ -4,7 +4,7 @@
 use vmpatch_testkit::{Answer, Guest, Side};
 
 use crate::support::{
-    CHANGED, VERSION, assert_changed, assert_no_trouble, boot, patch, tool, version,
+    CHANGED, VERSION, assert_changed, assert_no_trouble, patch, shared, tool, version,
 };
 
 /// The boundaries as the tool itself names them.
@@ -29,16 +29,17 @@ fn at(guest: &Guest, boundary: &str, words: &[&str]) -> Answer {
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn an_apply_killed_at_any_boundary_leaves_a_consistent_guest() {
-    let mut guest = boot("killed-apply", "");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
     let patch = patch(VERSION, Side::Forward);
-    let boundaries = boundaries(&guest, patch.path());
+    let boundaries = boundaries(guest, patch.path());
     assert!(boundaries.len() >= 8, "{boundaries:?}");
     for boundary in &boundaries {
-        let answer = at(&guest, boundary, &["apply", patch.path()]);
+        let answer = at(guest, boundary, &["apply", patch.path()]);
         assert_eq!(answer.code, None, "{boundary} was not reached: {answer:?}");
         let status = guest.call(&["status"]).unwrap().expect_code(0).unwrap();
         // The guest answers, and it does either the old or the new.
-        let changed = version(&mut guest).contains(CHANGED);
+        let changed = version(guest).contains(CHANGED);
         if changed {
             assert!(
                 status.stdout.contains(VERSION),
@@ -56,28 +57,29 @@ fn an_apply_killed_at_any_boundary_leaves_a_consistent_guest() {
                 .unwrap()
                 .expect_code(0)
                 .unwrap();
-            assert_changed(&mut guest, true);
+            assert_changed(guest, true);
             guest
                 .call(&["rollback", VERSION])
                 .unwrap()
                 .expect_code(0)
                 .unwrap();
         }
-        assert_changed(&mut guest, false);
+        assert_changed(guest, false);
         eprintln!(
             "killed at {boundary}: {}",
             if changed { "patched" } else { "not patched" }
         );
     }
-    assert_no_trouble(&guest);
+    assert_no_trouble(guest);
 }
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_rollback_killed_at_any_boundary_leaves_a_consistent_guest() {
-    let mut guest = boot("killed-rollback", "");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
     let patch = patch(VERSION, Side::Forward);
-    let boundaries = boundaries(&guest, patch.path());
+    let boundaries = boundaries(guest, patch.path());
     let mut reached = 0;
     for boundary in &boundaries {
         guest
@@ -85,24 +87,24 @@ fn a_rollback_killed_at_any_boundary_leaves_a_consistent_guest() {
             .unwrap()
             .expect_code(0)
             .unwrap();
-        let answer = at(&guest, boundary, &["rollback", VERSION]);
+        let answer = at(guest, boundary, &["rollback", VERSION]);
         // A rollback has no patch file to open and no code to link.
         if answer.code.is_some() {
             answer.expect_code(0).unwrap();
-            assert_changed(&mut guest, false);
+            assert_changed(guest, false);
             continue;
         }
         reached += 1;
         guest.call(&["status"]).unwrap().expect_code(0).unwrap();
-        if version(&mut guest).contains(CHANGED) {
+        if version(guest).contains(CHANGED) {
             guest
                 .call(&["rollback", VERSION])
                 .unwrap()
                 .expect_code(0)
                 .unwrap();
         }
-        assert_changed(&mut guest, false);
+        assert_changed(guest, false);
     }
     assert!(reached >= 5, "only {reached} of {boundaries:?} reached");
-    assert_no_trouble(&guest);
+    assert_no_trouble(guest);
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vmpatch_testkit::Guest;
 
-use crate::support::{boot, tool};
+use crate::support::{boot, shared, tool};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -31,8 +31,9 @@ fn ticks(guest: &mut Guest) -> u64 {
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_paused_guest_stands_still_and_goes_on() {
-    let mut guest = boot("pause", "vmpatch.loop=/proc/uptime");
-    assert!(listed("pause"));
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
+    assert!(listed("shared"));
     guest.call(&["pause"]).unwrap().expect_code(0).unwrap();
     // What was on its way to the console when it paused may still come.
     std::thread::sleep(Duration::from_millis(500));
@@ -44,15 +45,15 @@ fn a_paused_guest_stands_still_and_goes_on() {
         .console
         .wait(mark, SOON, |l| l.starts_with("@loop "))
         .unwrap();
-    let before = ticks(&mut guest);
+    let before = ticks(guest);
     std::thread::sleep(Duration::from_secs(1));
-    assert!(ticks(&mut guest) > before);
+    assert!(ticks(guest) > before);
 }
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_guest_that_powers_off_ends_its_process_well() {
-    let mut guest = boot("off", "");
+    let mut guest = boot("off");
     guest.console.type_line("poweroff -f").unwrap();
     assert_eq!(guest.wait_end(SOON).unwrap(), Some(0));
     assert!(!listed("off"));
@@ -61,7 +62,7 @@ fn a_guest_that_powers_off_ends_its_process_well() {
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_stopped_machine_is_gone() {
-    let mut guest = boot("stopped", "");
+    let mut guest = boot("stopped");
     assert_eq!(
         guest.ask("grep -c ^processor /proc/cpuinfo").unwrap(),
         ["2"]

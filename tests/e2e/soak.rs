@@ -4,12 +4,13 @@ use std::path::Path;
 
 use vmpatch_testkit::{Side, Soak};
 
-use crate::support::{VERSION, boot, patch};
+use crate::support::{VERSION, patch, shared};
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn ten_cycles_under_load_leave_no_trace() {
-    let mut guest = boot("soak", "");
+    let mut shared = shared();
+    let guest = shared.as_mut().unwrap();
     let patch = patch(VERSION, Side::Forward);
     let soak = Soak {
         patch: Path::new(patch.path()),
@@ -17,7 +18,7 @@ fn ten_cycles_under_load_leave_no_trace() {
         cycles: 10,
         progress: |_| {},
     };
-    let report = soak.run(&mut guest).unwrap();
+    let report = soak.run(guest).unwrap();
     assert_eq!(report.cycles, 10);
     assert_eq!(report.troubles, Vec::<String>::new());
     assert!(report.text_equal);

@@ -1,6 +1,7 @@
 //! What the tests share: the guest under test, booted; patches for it.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard};
 
 use tempfile::TempDir;
 use vmpatch_testkit::{Boot, Guest, Image, Side, Tool, objects, patch_file};
@@ -22,13 +23,29 @@ pub(crate) fn tool() -> Tool {
     Tool::from_env().unwrap()
 }
 
-/// Boots the guest under test, with more on its kernel's command line.
-pub(crate) fn boot(id: &str, cmdline: &str) -> Guest {
+/// Boots a guest of its own for a test that ends it.
+pub(crate) fn boot(id: &str) -> Guest {
     let image = Image::named(&guest_name()).unwrap();
     Boot::new(id)
-        .cmdline(cmdline)
+        .cmdline("vmpatch.loop=/proc/version")
         .start(&tool(), &image)
         .unwrap()
+}
+
+/// The guest that the tests share, one test at a time; it prints /proc/version all the while. Each test leaves it as it found it.
+/// One that a failed test may have left otherwise is given up and another booted.
+pub(crate) fn shared() -> MutexGuard<'static, Option<Guest>> {
+    static SHARED: Mutex<Option<Guest>> = Mutex::new(None);
+    let mut held = SHARED.lock().unwrap_or_else(|poisoned| {
+        SHARED.clear_poison();
+        let mut held = poisoned.into_inner();
+        *held = None;
+        held
+    });
+    if held.is_none() {
+        *held = Some(boot("shared"));
+    }
+    held
 }
 
 /// A patch file, with the folder that holds it.

@@ -51,7 +51,7 @@ pub(crate) fn host_env() -> Vec<(String, String)> {
         ("HOME".to_owned(), "/tmp".to_owned()),
         ("XDG_RUNTIME_DIR".to_owned(), "/run".to_owned()),
     ];
-    for name in ["PATH", "RUST_LOG", "RUST_BACKTRACE", "VMPATCH_CACHE"] {
+    for name in ["PATH", "RUST_LOG", "VMPATCH_CACHE"] {
         if let Ok(value) = std::env::var(name) {
             env.push((name.to_owned(), value));
         }

@@ -90,7 +90,16 @@ pub(crate) fn run(manifest: &Manifest, job: &Job) -> Result<i32> {
 fn direct(job: &Job) -> Result<i32> {
     let script = write_script(job)?;
     let mut child = Command::new("setpriv")
-        .args(["--pdeathsig", "KILL", "/bin/sh"])
+        .args(["--pdeathsig", "KILL"])
+        // Guests that the command leaves behind end with it.
+        .args([
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "/bin/sh",
+        ])
         .arg(script)
         .stdin(Stdio::null())
         .spawn()
