@@ -11,7 +11,7 @@ const SOON: Duration = Duration::from_secs(60);
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
 fn a_guest_that_reboots_ends_its_process_with_a_reset() {
-    let mut guest = boot("reset", "");
+    let mut guest = boot("reset");
     let mark = guest.console.mark();
     guest.console.type_line("reboot -f").unwrap();
     guest
