@@ -14,8 +14,7 @@ fn a_running_loop_sees_the_change_and_the_way_back() {
     let mut shared = shared();
     let guest = shared.as_mut().unwrap();
     let patch = patch(VERSION, Side::Forward);
-    let oracle = guest.oracle().unwrap();
-    let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
+    let before = guest.snapshot().unwrap();
 
     guest
         .call(&["check", patch.path()])
@@ -23,7 +22,7 @@ fn a_running_loop_sees_the_change_and_the_way_back() {
         .expect_code(0)
         .unwrap();
     assert_eq!(
-        guest.ram().unwrap().snapshot(&oracle).unwrap(),
+        guest.snapshot().unwrap(),
         before,
         "check wrote to the guest"
     );
@@ -65,7 +64,7 @@ fn a_running_loop_sees_the_change_and_the_way_back() {
         .console
         .wait(mark, SOON, |l| l.starts_with("@loop Linux version"))
         .unwrap();
-    let after = guest.ram().unwrap().snapshot(&oracle).unwrap();
+    let after = guest.snapshot().unwrap();
     assert_eq!((after.code, after.rodata), (before.code, before.rodata));
     assert_no_trouble(guest);
 }
@@ -81,15 +80,14 @@ fn a_patch_is_applied_once() {
         .unwrap()
         .expect_code(0)
         .unwrap();
-    let oracle = guest.oracle().unwrap();
-    let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
+    let before = guest.snapshot().unwrap();
     let again = guest
         .call(&["apply", patch.path()])
         .unwrap()
         .expect_code(3)
         .unwrap();
     assert!(again.stdout.contains("already"), "{}", again.stdout);
-    assert_eq!(guest.ram().unwrap().snapshot(&oracle).unwrap(), before);
+    assert_eq!(guest.snapshot().unwrap(), before);
     assert_changed(guest, true);
     guest
         .call(&["rollback", VERSION])

@@ -11,8 +11,7 @@ fn a_parked_kthread_is_named_and_nothing_is_written() {
     let guest = shared.as_mut().unwrap();
     let patch = patch(PARKED, Side::Forward);
     let pid = guest.planted("vmp_park").unwrap();
-    let oracle = guest.oracle().unwrap();
-    let before = guest.ram().unwrap().snapshot(&oracle).unwrap();
+    let before = guest.snapshot().unwrap();
 
     let answer = guest
         .call(&["apply", patch.path(), "--timeout", "2s"])
@@ -33,7 +32,7 @@ fn a_parked_kthread_is_named_and_nothing_is_written() {
         "not retried: {}",
         answer.stdout
     );
-    assert_eq!(guest.ram().unwrap().snapshot(&oracle).unwrap(), before);
+    assert_eq!(guest.snapshot().unwrap(), before);
     assert_no_trouble(guest);
 }
 

@@ -37,7 +37,7 @@ fn symbol_line(row: &Value) -> String {
 fn all_symbols_equal_proc_kallsyms() {
     let mut shared = shared();
     let guest = shared.as_mut().unwrap();
-    let oracle = guest.oracle().unwrap();
+    let oracle = guest.oracle("symbols").unwrap();
     let rows = inspect(guest, &["symbols", "--modules"]);
     let (modules, own): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row["module"].is_string());
 
@@ -87,9 +87,9 @@ fn tasks_equal_those_in_proc() {
     let guest = shared.as_mut().unwrap();
     // Workers come and go: what was there before and after must be seen, and nothing that was at neither time.
     for attempt in 0.. {
-        let before = guest.oracle().unwrap();
+        let before = guest.oracle("tasks").unwrap();
         let rows = inspect(guest, &["tasks"]);
-        let after = guest.oracle().unwrap();
+        let after = guest.oracle("tasks").unwrap();
         let seen: BTreeMap<i64, String> = rows
             .iter()
             .filter(|row| row["pid"].as_i64() != Some(0))
@@ -135,7 +135,7 @@ fn tasks_equal_those_in_proc() {
 fn planted_stacks_equal_proc_pid_stack() {
     let mut shared = shared();
     let guest = shared.as_mut().unwrap();
-    let oracle = guest.oracle().unwrap();
+    let oracle = guest.oracle("stacks").unwrap();
     let rows = inspect(guest, &["stacks"]);
     let ticking = guest.planted("vmp_tick").unwrap();
     let mut compared = 0;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::log::Baseline;
-use crate::{Answer, Console, Oracle, Ram, Tool};
+use crate::{Answer, Console, Oracle, Ram, Snapshot, Tool};
 
 /// A guest image as `cargo xtask images` makes it.
 #[derive(Clone, Debug)]
@@ -52,6 +52,7 @@ pub struct Guest {
     pub boot_time: Duration,
     /// Warnings of its own boot.
     pub baseline: Baseline,
+    places: Option<Oracle>,
     process: Child,
 }
 
@@ -144,6 +145,7 @@ impl Boot {
             id: self.id,
             boot_time: Duration::ZERO,
             baseline: Baseline::default(),
+            places: None,
             process,
         };
         guest
@@ -210,21 +212,25 @@ impl Guest {
         self.console.ask(command, Duration::from_secs(60))
     }
 
-    /// The oracle's answers, from a guest booted with `vmpatch.oracle=1` or asked now.
+    /// What the guest's kernel says of itself: `places`, `symbols`, `tasks`, `stacks`, or all of it, `oracle`.
     ///
     /// # Errors
     /// The guest does not answer, or not in the expected form.
-    pub fn oracle(&mut self) -> Result<Oracle> {
-        let lines = self.console.ask("oracle", Duration::from_secs(180))?;
+    pub fn oracle(&mut self, what: &str) -> Result<Oracle> {
+        let lines = self.console.ask(what, Duration::from_secs(180))?;
         Oracle::parse(&lines)
     }
 
-    /// The guest's memory, read without the product's help.
+    /// Digests of the kernel's code, read-only data and arena table, taken now.
     ///
     /// # Errors
-    /// The process is gone or has no such memory.
-    pub fn ram(&self) -> Result<Ram> {
-        Ram::of_process(self.process.id())
+    /// The guest does not say where they lie, or its memory cannot be read.
+    pub fn snapshot(&mut self) -> Result<Snapshot> {
+        if self.places.is_none() {
+            self.places = Some(self.oracle("places")?);
+        }
+        let places = self.places.as_ref().context("no places")?;
+        Ram::of_process(self.process.id())?.snapshot(places)
     }
 
     /// What `/proc/vmpatch_planted` tells: pid of the planted kthread of that name.

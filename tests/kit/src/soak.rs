@@ -43,9 +43,7 @@ impl Soak<'_> {
     /// # Errors
     /// A change that does not go through.
     pub fn run(&self, guest: &mut Guest) -> Result<SoakReport> {
-        let oracle = guest.oracle()?;
-        let ram = guest.ram()?;
-        let before = ram.snapshot(&oracle)?;
+        let before = guest.snapshot()?;
         guest.ask("busy 2")?;
         let mut report = SoakReport {
             cycles: 0,
@@ -68,7 +66,7 @@ impl Soak<'_> {
             (self.progress)(cycle);
         }
         guest.ask("idle; sleep 1")?;
-        let after = ram.snapshot(&oracle)?;
+        let after = guest.snapshot()?;
         report.text_equal = before.code == after.code && before.rodata == after.rodata;
         report.troubles = guest.troubles();
         Ok(report)
