@@ -19,10 +19,6 @@ const IRQ_STACK_SIZE: u64 = 16 << 10;
 /// `EXCEPTION_STKSZ` without and with KASAN (the same file).
 const EXCEPTION_SIZES: [u64; 2] = [8 << 10, 16 << 10];
 
-/// The area of all exception stacks of a CPU is smaller than this (Linux v6.12
-/// `arch/x86/include/asm/cpu_entry_area.h`, `struct cea_exception_stacks`).
-const EXCEPTION_AREA: u64 = 256 << 10;
-
 /// Where per-CPU data keeps what is not in the task state segment; found once.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Places {
@@ -98,6 +94,13 @@ impl Segment {
         })
     }
 
+    /// Whether its first exception stack is the first in `area`, after a guard page. Areas of CPUs adjoin.
+    fn begins_at(&self, area: u64) -> bool {
+        let [first, ..] = self.ist;
+        let size = first.wrapping_sub(area).wrapping_sub(PAGE_SIZE);
+        area != 0 && EXCEPTION_SIZES.contains(&size)
+    }
+
     /// Exception stacks lie one guard page apart, in the order #DF, NMI, #DB, #MC, #VC, #VC2 (Linux v6.12
     /// `arch/x86/include/asm/cpu_entry_area.h`, `arch/x86/kernel/cpu/common.c` `tss_setup_ist`); the entry
     /// stack is the page below RSP0.
@@ -126,8 +129,8 @@ fn below(kind: StackKind, top: u64, size: u64) -> Option<StackSpan> {
     })
 }
 
-/// Which CPU it is: by its per-CPU base, which GS holds in the kernel and the hidden GS in user mode, else by
-/// whose exception stacks its task state segment names (GS may be the user's).
+/// Which CPU it is: by whose exception stacks its task state segment names, which user mode cannot change;
+/// else by its per-CPU base, which GS holds in the kernel and the hidden GS in user mode.
 fn number(
     kernel: &Kernel,
     places: &Places,
@@ -136,21 +139,22 @@ fn number(
     segment: Option<&Segment>,
 ) -> Option<u32> {
     let bases = &kernel.layout.per_cpu_offset;
-    let by_base = |base: Gva| {
-        bases
-            .iter()
-            .position(|&offset| offset != 0 && offset == base.0)
-    };
     let by_stacks = || {
-        let (variable, top) = (places.exceptions?, segment?.ist.first().copied()?);
+        let (variable, segment) = (places.exceptions?, segment?);
         bases.iter().position(|&offset| {
-            let area = memory.read_u64(variable.wrapping_add(offset)).unwrap_or(0);
-            area != 0 && top.wrapping_sub(area) < EXCEPTION_AREA
+            let area = memory.read_u64(variable.wrapping_add(offset));
+            area.is_ok_and(|area| segment.begins_at(area))
         })
     };
-    let found = by_base(vcpu.gs_base)
-        .or_else(|| vcpu.kernel_gs_base.and_then(by_base))
-        .or_else(by_stacks)?;
+    let by_base = |base: Gva| {
+        let is = |&offset: &u64| offset != 0 && offset == base.0;
+        bases.iter().position(is)
+    };
+    let kernel_base = || vcpu.kernel_gs_base.and_then(by_base);
+    let found = by_stacks().or_else(|| match vcpu.in_kernel() {
+        true => by_base(vcpu.gs_base).or_else(kernel_base),
+        false => kernel_base(),
+    })?;
     u32::try_from(found).ok()
 }
 
@@ -195,6 +199,18 @@ mod tests {
             (last.range.size(), last.range.end.0),
             (0x2000, area + 6 * stride)
         );
+    }
+
+    /// Found on a stock 6.1 guest, where a CPU's area ends 0x28000 bytes before the next one's begins.
+    #[test]
+    fn cpus_whose_exception_stacks_adjoin_are_told_apart() {
+        let second = Segment {
+            sp0: 0,
+            ist: [0xffff_fe00_0004_6000, 0, 0, 0, 0, 0, 0],
+        };
+        assert!(second.begins_at(0xffff_fe00_0004_3000));
+        assert!(!second.begins_at(0xffff_fe00_0000_8000));
+        assert!(!second.begins_at(0));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! places that hide return addresses. What the patcher's gate and `inspect stacks` both read. Owns which
 //! stacks there are and who is on them; going up one is [`unwind`](crate::unwind)'s business.
 
+mod calls;
 pub(crate) mod cpu;
 mod pairing;
 
@@ -61,6 +62,7 @@ pub fn all(
         memory,
         vcpus,
         cpus: &cpus,
+        init: kernel.layout.init,
         pool: StackPool::default(),
         hidden: Hidden::default(),
     };
@@ -83,6 +85,8 @@ struct Reader<'a> {
     memory: KernelMemory<'a>,
     vcpus: &'a [Vcpu],
     cpus: &'a [Cpu],
+    /// Init text of vmlinux, freed after boot.
+    init: Option<GvaRange>,
     pool: StackPool,
     hidden: Hidden,
 }
@@ -139,9 +143,13 @@ impl Reader<'_> {
             kind: StackKind::Task,
             range,
         }));
-        let trace =
-            self.unwinder
-                .running(&self.memory, &mut self.pool, (&spans, vcpu), &self.hidden);
+        let place = (spans.as_slice(), vcpu);
+        let mut trace = self
+            .unwinder
+            .running(&self.memory, &mut self.pool, place, &self.hidden);
+        if trace.unreliable.is_none() {
+            trace.unreliable = calls::without_call(&self.memory, self.init, &trace);
+        }
         if trace.unreliable.is_some() {
             hidden_returns.extend(vcpu.general.iter().map(|&word| Gva(word)));
         }

@@ -13,6 +13,7 @@ mod hidden;
 pub mod memory;
 pub mod orc;
 mod pt_regs;
+mod special;
 #[cfg(test)]
 mod tests;
 mod unwinder;
@@ -85,6 +86,9 @@ pub enum Unreliable {
     /// A return address was replaced by a trampoline, and where the kernel keeps the real one it is not.
     #[error("the return address behind trampoline {0} was not found")]
     HiddenReturn(Gva),
+    /// No call stands before a return address of a running vCPU.
+    #[error("no call stands before return address {0}")]
+    NoCallBefore(Gva),
     /// More frames than any real stack has.
     #[error("more than {0} frames")]
     TooDeep(usize),

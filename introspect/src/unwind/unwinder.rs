@@ -16,6 +16,7 @@ use super::memory::{StackKind, StackMemory, StackPool, StackSource, StackSpan};
 use super::orc::raw::{ENTRY_SIZE, HEADER_SIZE};
 use super::orc::table::MAX_ENTRIES;
 use super::orc::{Entry, Format, Table, TableError};
+use super::special::Special;
 use super::walk::{Code, Start, Walk};
 use super::{Frame, FrameKind, Trace, pt_regs};
 
@@ -50,6 +51,7 @@ pub struct Unwinder {
     /// Where a new task begins: not a return address though `inactive_task_frame` holds it.
     fork_return: Option<Gva>,
     places: Places,
+    special: Special,
 }
 
 /// Text with its table, if it has one.
@@ -80,6 +82,7 @@ impl Unwinder {
             places: Places::find(kernel),
             ..Self::default()
         };
+        unwinder.special = Special::find(symbols, &memory, unwinder.entry_text);
         unwinder.add_vmlinux(kernel, &memory)?;
         unwinder.frame_pointers = unwinder.format.is_none() && makes_frames(symbols, &memory);
         for module in modules
@@ -334,9 +337,15 @@ impl Unwinder {
 }
 
 impl Code for Unwinder {
-    fn entry(&self, ip: u64) -> Option<Entry> {
-        let table = self.region(Gva(ip))?.table?;
-        self.tables.get(table)?.find(ip)
+    fn entry(&self, ip: u64, called: bool) -> Option<Entry> {
+        let lookup = if called { ip.wrapping_sub(1) } else { ip };
+        let table = self.region(Gva(lookup))?.table?;
+        let entry = self.tables.get(table)?.find(lookup)?;
+        Some(
+            self.special
+                .instead(ip, entry.kind, called)
+                .unwrap_or(entry),
+        )
     }
 
     fn hooks(&self) -> &Hooks {

@@ -16,8 +16,9 @@ pub(crate) const TOP_ROOM: u64 = 256;
 
 /// What a walk needs to know of the kernel.
 pub(crate) trait Code {
-    /// The ORC entry that holds at `ip`; `None` where no table covers it.
-    fn entry(&self, ip: u64) -> Option<Entry>;
+    /// The ORC entry that holds at `ip`, or, if `ip` is the return address of a call, at that call; `None`
+    /// where no table covers it.
+    fn entry(&self, ip: u64, called: bool) -> Option<Entry>;
     /// Trampolines that hide return addresses.
     fn hooks(&self) -> &Hooks;
     /// `.entry.text`.
@@ -159,12 +160,8 @@ impl<'a, 'm> Walk<'a, 'm> {
     /// The entry for the current frame. Code without one may keep a frame pointer; what follows is then a
     /// guess and the trace unreliable.
     fn entry(&mut self) -> Entry {
-        let lookup = if self.kind == FrameKind::Call {
-            self.ip.wrapping_sub(1)
-        } else {
-            self.ip
-        };
-        self.code.entry(lookup).unwrap_or_else(|| {
+        let called = self.kind == FrameKind::Call;
+        self.code.entry(self.ip, called).unwrap_or_else(|| {
             self.doubt(Unreliable::NoUnwindData(Gva(self.ip)));
             Entry::FRAME_POINTER_GUESS
         })
