@@ -60,6 +60,7 @@ pub(crate) enum Failure {
 
 impl Failure {
     /// A refusal with nothing to add to its reason.
+    #[expect(clippy::needless_pass_by_value, reason = "it stands behind `map_err`")]
     pub(crate) fn refused(reason: impl ToString) -> Self {
         Self::Refused {
             reason: reason.to_string(),

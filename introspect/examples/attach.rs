@@ -13,7 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = arguments.next().ok_or("usage: attach FOLDER [ROUNDS]")?;
     let rounds = arguments.next().map_or(Ok(20), |text| text.parse())?;
     let mut times = Vec::new();
-    let mut found = (String::new(), 0, 0);
+    let mut found = Found::default();
     for _ in 0..rounds {
         let (time, seen) = once(Path::new(&folder))?;
         times.push(time);
@@ -26,7 +26,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             .get(index)
             .map_or(0.0, |time| time.as_secs_f64() * 1e3)
     };
-    let (kernel, symbols, tasks) = found;
+    let Found {
+        kernel,
+        symbols,
+        tasks,
+    } = found;
     println!(
         "{}",
         json!({ "median_ms": at(50), "p99_ms": at(99), "kernel": kernel, "symbols": symbols, "tasks": tasks, "rounds": rounds })
@@ -34,19 +38,26 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// One attach, and what it found: release, symbols, tasks.
-fn once(folder: &Path) -> Result<(Duration, (String, usize, usize)), Box<dyn Error>> {
+/// What an attach found.
+#[derive(Default)]
+struct Found {
+    kernel: String,
+    symbols: usize,
+    tasks: usize,
+}
+
+/// One attach.
+fn once(folder: &Path) -> Result<(Duration, Found), Box<dyn Error>> {
     let since = Instant::now();
     let dump = Dump::open(folder)?;
     let kernel = Kernel::attach(&dump, dump.vcpus())?;
     let tasks = kernel.tasks(&dump)?.len();
     let time = since.elapsed();
-    Ok((
-        time,
-        (
-            kernel.identity.release.clone(),
-            kernel.symbols.iter().count(),
-            tasks,
-        ),
-    ))
+    let symbols = kernel.symbols.iter().count();
+    let found = Found {
+        kernel: kernel.identity.release,
+        symbols,
+        tasks,
+    };
+    Ok((time, found))
 }

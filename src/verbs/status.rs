@@ -23,7 +23,7 @@ pub(crate) fn run(vm: &str, output: &Output) -> Result<(), Failure> {
     let report = status::report(&live.journal(), live.vm(), live.boot());
     let answer = Answer {
         vm: vm.to_owned(),
-        release: live.kernel.identity.release.clone(),
+        release: live.kernel.identity.release,
         needs_attention: report.needs_attention(),
         report,
     };

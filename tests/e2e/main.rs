@@ -1,6 +1,8 @@
 //! End-to-end tests: the command line against real guests. `cargo xtask test` builds what they need and runs them where stock
 //! kernels can run; alone they are ignored.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "only tests are here")]
+
 mod apply;
 mod boot;
 mod busy;
