@@ -109,6 +109,29 @@ impl From<BuildError> for Failure {
     }
 }
 
+impl From<LinkError> for Failure {
+    fn from(error: LinkError) -> Self {
+        differing(&error.to_string(), error.difference())
+    }
+}
+
+impl From<VerifyError> for Failure {
+    fn from(error: VerifyError) -> Self {
+        differing(&error.to_string(), error.difference())
+    }
+}
+
+/// A refusal, with the code that differs where that is why.
+fn differing(reason: &str, difference: &[String]) -> Failure {
+    if difference.is_empty() {
+        return Failure::refused(reason);
+    }
+    Failure::Refused {
+        reason: format!("{reason}\n{}", difference.join("\n")),
+        details: json!({ "difference": difference }),
+    }
+}
+
 /// Errors that always mean "refused; nothing was written".
 macro_rules! refused {
     ($($error:ty),+ $(,)?) => {$(
@@ -124,8 +147,6 @@ refused!(
     AttachError,
     PatchFileError,
     AdmitError,
-    LinkError,
-    VerifyError,
     RollbackError,
     ChangeError,
     ArenaError,

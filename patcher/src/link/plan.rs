@@ -99,6 +99,17 @@ pub enum LinkError {
     Read(#[from] ReadError),
 }
 
+impl LinkError {
+    /// Both versions of an old function side by side, where it is not what runs.
+    #[must_use]
+    pub fn difference(&self) -> &[String] {
+        match self {
+            Self::Locate(error) => error.difference(),
+            _ => &[],
+        }
+    }
+}
+
 impl<'a> Plan<'a> {
     /// Places a patch: finds the old functions, chooses entry jumps, and makes the new code ready. What
     /// was placed before and rolled back is taken up again where it lies, if it comes out the same and has

@@ -173,6 +173,15 @@ impl Matcher<'_> {
 }
 
 impl LocateError {
+    /// Both versions of the code side by side, one line each, where it is the code that differs.
+    #[must_use]
+    pub fn difference(&self) -> &[String] {
+        match self {
+            Self::Differs { mismatch, .. } => &mismatch.lines,
+            Self::Absent { .. } | Self::Several { .. } => &[],
+        }
+    }
+
     /// How far the comparison came.
     const fn reached(&self) -> usize {
         match self {

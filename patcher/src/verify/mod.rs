@@ -37,6 +37,17 @@ pub enum VerifyError {
     Memory(#[from] MemoryError),
 }
 
+impl VerifyError {
+    /// Both versions of an old function side by side, where it is not what runs.
+    #[must_use]
+    pub fn difference(&self) -> &[String] {
+        match self {
+            Self::Locate(error) => error.difference(),
+            _ => &[],
+        }
+    }
+}
+
 /// Proves the plan against the guest as it is now, and turns it into what is to be written.
 ///
 /// # Errors
