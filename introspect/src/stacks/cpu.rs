@@ -21,7 +21,7 @@ const EXCEPTION_SIZES: [u64; 2] = [8 << 10, 16 << 10];
 
 /// Where per-CPU data keeps what is not in the task state segment; found once.
 #[derive(Debug, Default, Clone, Copy)]
-pub(crate) struct Places {
+pub(crate) struct StackPlaces {
     /// Per-CPU address of `hardirq_stack_ptr`, which holds the highest word of the IRQ stack.
     irq_top: Option<Gva>,
     irq_size: Option<u64>,
@@ -29,7 +29,7 @@ pub(crate) struct Places {
     exceptions: Option<Gva>,
 }
 
-impl Places {
+impl StackPlaces {
     /// Looks for the symbol or the member, whichever this kernel has: `hardirq_stack_ptr` was moved into
     /// `struct pcpu_hot` in 6.2 and out again in 6.15.
     pub(crate) fn find(kernel: &Kernel) -> Self {
@@ -58,7 +58,7 @@ pub(crate) struct Cpu {
 impl Cpu {
     pub(crate) fn of(
         kernel: &Kernel,
-        places: &Places,
+        places: &StackPlaces,
         memory: &KernelMemory<'_>,
         vcpu: &Vcpu,
     ) -> Self {
@@ -133,7 +133,7 @@ fn below(kind: StackKind, top: u64, size: u64) -> Option<StackSpan> {
 /// else by its per-CPU base, which GS holds in the kernel and the hidden GS in user mode.
 fn number(
     kernel: &Kernel,
-    places: &Places,
+    places: &StackPlaces,
     memory: &KernelMemory<'_>,
     vcpu: &Vcpu,
     segment: Option<&Segment>,
@@ -161,7 +161,7 @@ fn number(
 /// The pointer is to the highest word, where the stack pointer before the switch is kept.
 fn irq_stack(
     kernel: &Kernel,
-    places: &Places,
+    places: &StackPlaces,
     memory: &KernelMemory<'_>,
     cpu: u32,
 ) -> Option<StackSpan> {

@@ -5,7 +5,7 @@ use crate::address::{Gva, GvaRange};
 use crate::kernel::{AttachError, Kernel};
 use crate::modules::{Module, ModuleOrc, ModuleState};
 use crate::paging::{KernelMemory, ReadError};
-use crate::stacks::cpu::Places;
+use crate::stacks::cpu::StackPlaces;
 use crate::symbols::Symbols;
 use crate::target::PhysicalMemory;
 use crate::vcpu::Vcpu;
@@ -50,7 +50,7 @@ pub struct Unwinder {
     entry_text: Option<GvaRange>,
     /// Where a new task begins: not a return address though `inactive_task_frame` holds it.
     fork_return: Option<Gva>,
-    places: Places,
+    places: StackPlaces,
     special: Special,
 }
 
@@ -79,7 +79,7 @@ impl Unwinder {
             fork_return: ["ret_from_fork_asm", "ret_from_fork"]
                 .iter()
                 .find_map(|name| symbols.unique(name).ok()),
-            places: Places::find(kernel),
+            places: StackPlaces::find(kernel),
             ..Self::default()
         };
         unwinder.special = Special::find(symbols, &memory, unwinder.entry_text);
@@ -154,7 +154,7 @@ impl Unwinder {
     }
 
     /// Where the stacks of each CPU are to be found.
-    pub(crate) const fn places(&self) -> &Places {
+    pub(crate) const fn places(&self) -> &StackPlaces {
         &self.places
     }
 
