@@ -135,7 +135,7 @@ fn tasks_equal_those_in_proc() {
 fn planted_stacks_equal_proc_pid_stack() {
     let mut shared = shared();
     let guest = shared.as_mut().unwrap();
-    let oracle = guest.oracle("stacks").unwrap();
+    let oracle = guest.oracle("places; stacks").unwrap();
     let rows = inspect(guest, &["stacks"]);
     let ticking = guest.planted("vmp_tick").unwrap();
     let mut compared = 0;
@@ -145,43 +145,26 @@ fn planted_stacks_equal_proc_pid_stack() {
             .find(|row| row["pid"].as_i64() == Some(*tid))
             .unwrap_or_else(|| panic!("no stack of {tid}"));
         assert_eq!(row["reliable"], true, "{row}");
-        assert_eq!(&own_frames(row), expected, "task {tid} ({})", row["comm"]);
+        assert_eq!(
+            &own_frames(row, &oracle),
+            expected,
+            "task {tid} ({})",
+            row["comm"]
+        );
         compared += 1;
     }
     assert!(compared >= 7, "only {compared} stacks");
 }
 
-/// Frames as /proc/PID/stack shows them: without those of the scheduler itself, which it leaves out
+/// Frames as /proc/PID/stack shows them: without those in the sections of the scheduler and of locks
 /// (Linux v6.12 kernel/stacktrace.c, `stack_trace_consume_entry_nosched`).
-fn own_frames(row: &Value) -> Vec<String> {
+fn own_frames(row: &Value, places: &Oracle) -> Vec<String> {
     let frames = row["frames"].as_array().unwrap().iter();
-    let names = frames.map(|f| {
-        f["function"]
-            .as_str()
-            .unwrap()
-            .split([' ', '/'])
-            .next()
-            .unwrap()
-            .to_owned()
-    });
-    names
-        .skip_while(|f| is_scheduler(f))
-        .filter(|f| !is_scheduler(f))
+    frames
+        .filter(|frame| !places.is_sleeping_code(address(&frame["at"])))
+        .map(|frame| {
+            let name = frame["function"].as_str().unwrap();
+            name.split(['/', ' ']).next().unwrap().to_owned()
+        })
         .collect()
-}
-
-/// Functions in the section `.sched.text` on the way to sleep.
-fn is_scheduler(frame: &str) -> bool {
-    let name = frame.split('+').next().unwrap_or(frame);
-    [
-        "__schedule",
-        "schedule",
-        "schedule_timeout",
-        "schedule_timeout_interruptible",
-        "__switch_to_asm",
-        "schedule_preempt_disabled",
-    ]
-    .contains(&name)
-        || name.starts_with("__mutex_lock")
-        || name.starts_with("mutex_lock")
 }

@@ -41,6 +41,16 @@ impl Oracle {
         Ok(oracle)
     }
 
+    /// Whether the address lies in the text of the scheduler or of spinning locks, which /proc/PID/stack leaves out
+    /// (Linux v6.12 kernel/sched/core.c, `in_sched_functions`).
+    #[must_use]
+    pub fn is_sleeping_code(&self, at: u64) -> bool {
+        ["__sched_text", "__lock_text", "__spinlock_text"].iter().any(|section| {
+            let end = |which: &str| self.known.get(&format!("{section}_{which}"));
+            matches!((end("start"), end("end")), (Some(start), Some(end)) if (*start..*end).contains(&at))
+        })
+    }
+
     fn take(&mut self, kind: &str, rest: &str) -> Result<()> {
         match kind {
             "kallsyms" => {
@@ -91,6 +101,16 @@ fn stack(text: &str) -> Option<(&str, Vec<String>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_schedulers_section_is_known_by_its_ends() {
+        let lines = [
+            "@symbol 1000 T __sched_text_start",
+            "@symbol 2000 T __sched_text_end",
+        ];
+        let oracle = Oracle::parse(&lines.map(str::to_owned)).unwrap();
+        assert!(oracle.is_sleeping_code(0x1000) && !oracle.is_sleeping_code(0x2000));
+    }
 
     #[test]
     fn the_guests_own_words_are_read() {
