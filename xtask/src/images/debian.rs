@@ -20,7 +20,7 @@ pub(super) fn make(guest: &Guest) -> Result<Image> {
         bzimage: tree.join(format!("boot/vmlinuz-{}", guest.release())),
         vmlinux: None,
         release: guest.release(),
-        build: &build,
+        build: Some(&build),
         identity: guest.version.as_bytes(),
     };
     assemble(&guest.name, &parts)

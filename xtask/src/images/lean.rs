@@ -31,7 +31,7 @@ pub(super) fn make(manifest: &Manifest, lean: &Lean) -> Result<Image> {
         bzimage: built.dir.join("arch/x86/boot/bzImage"),
         vmlinux: Some(built.dir.join("vmlinux.stripped")),
         release,
-        build: &built.dir,
+        build: (lean.planted == Planted::Module).then_some(built.dir.as_path()),
         identity: built.identity.as_bytes(),
     };
     assemble(&lean.name, &parts)

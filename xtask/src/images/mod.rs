@@ -72,8 +72,8 @@ struct Parts<'a> {
     /// The ELF kernel, if there is one already.
     vmlinux: Option<PathBuf>,
     release: String,
-    /// Prepared kernel build folder for modules.
-    build: &'a Path,
+    /// Prepared kernel build folder for the planted module; none where the kernel has it linked in.
+    build: Option<&'a Path>,
     /// Whatever names the kernel's exact version.
     identity: &'a [u8],
 }
@@ -117,8 +117,10 @@ fn fill(dir: &Path, parts: &Parts<'_>) -> Result<()> {
         None => fs::write(dir.join("vmlinux"), bzimage::payload(&packed)?)?,
     }
     fs::write(dir.join("release"), &parts.release)?;
-    let module = planted::build(parts.build, dir)?;
-    fs::write(dir.join("planted.ko"), &module)?;
-    fs::write(dir.join("initrd"), ramdisk::archive(&module)?)?;
+    let module = parts
+        .build
+        .map(|build| planted::build(build, dir))
+        .transpose()?;
+    fs::write(dir.join("initrd"), ramdisk::archive(module.as_deref())?)?;
     Ok(())
 }

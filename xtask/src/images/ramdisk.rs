@@ -13,8 +13,8 @@ pub(super) fn init() -> Result<Vec<u8>> {
     fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The archive, with this module as `/planted.ko`.
-pub(super) fn archive(module: &[u8]) -> Result<Vec<u8>> {
+/// The archive, with this module as `/planted.ko`, if there is one.
+pub(super) fn archive(module: Option<&[u8]>) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
     for dir in ["bin", "dev", "proc", "sys", "tmp"] {
         archive.directory(dir)?;
@@ -24,6 +24,8 @@ pub(super) fn archive(module: &[u8]) -> Result<Vec<u8>> {
         fs::read("/bin/busybox").context("cannot read /bin/busybox (package busybox-static)")?;
     archive.file("bin/busybox", 0o755, &busybox)?;
     archive.file("init", 0o755, &init()?)?;
-    archive.file("planted.ko", 0o644, module)?;
+    if let Some(module) = module {
+        archive.file("planted.ko", 0o644, module)?;
+    }
     Ok(archive.finish()?)
 }
