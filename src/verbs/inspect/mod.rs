@@ -36,20 +36,18 @@ struct Names<'a> {
 
 impl Names<'_> {
     /// `function+0x12/0x34`, with ` [module]` behind it for a module's, or the bare address.
+    ///
+    /// Modules first: vmlinux's last symbol has no end, and modules lie above it.
     fn name(&self, at: Gva) -> String {
-        if let Some(name) = symbolised(&self.kernel.symbols, at) {
-            return name;
-        }
         let module = self.modules.iter().find(|module| module.text.contains(at));
-        module
-            .and_then(|module| {
-                Some(format!(
-                    "{} [{}]",
-                    symbolised(&module.symbols, at)?,
-                    module.name
-                ))
-            })
-            .unwrap_or_else(|| at.to_string())
+        let name = match module {
+            Some(module) => {
+                symbolised(&module.symbols, at).map(|name| format!("{name} [{}]", module.name))
+            }
+            None if self.kernel.layout.text.contains(at) => symbolised(&self.kernel.symbols, at),
+            None => None,
+        };
+        name.unwrap_or_else(|| at.to_string())
     }
 }
 
