@@ -1,6 +1,7 @@
 //! `cargo xtask test`: unit tests of every crate, then the end-to-end tests against real guests.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -8,9 +9,10 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use super::setup;
+use crate::manifest::Manifest;
 use crate::tally::Tally;
 use crate::workbench::{PATCHES, Workbench, build_test};
-use crate::{dumps, paths, progress, run};
+use crate::{dumps, images, paths, progress, run};
 
 /// Guests and which end-to-end tests each goes through: all of them, or those whose names hold one of these.
 const SUITES: [(&str, &[&str]); 3] = [
@@ -27,6 +29,9 @@ pub(crate) struct TestArgs {
     /// End-to-end tests only
     #[arg(long)]
     e2e: bool,
+    /// Guests too whose kernels must be built first (some minutes each, once)
+    #[arg(long)]
+    all: bool,
     /// Only this guest
     #[arg(long)]
     guest: Option<String>,
@@ -47,9 +52,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<i32> {
                 .current_dir(paths::repo()),
         )?;
     }
-    let chosen = |name: &str| args.guest.as_deref().is_none_or(|g| g == name);
-    let suites: Vec<_> = SUITES.iter().filter(|(guest, _)| chosen(guest)).collect();
-    ensure!(!suites.is_empty(), "no such guest in the end-to-end tests");
+    let (suites, left_out) = suites(args, &manifest)?;
     // A patch for another kernel must be refused, so both distributions' objects are needed.
     let mut guests = vec!["debian-6.12", "debian-6.1"];
     guests.extend(
@@ -75,14 +78,53 @@ pub(crate) fn run(args: &TestArgs) -> Result<i32> {
         ));
     }
     bench.run(vec!["/bin/sh".to_owned(), "-c".to_owned(), script], LIMIT)?;
-    report(&bench, suites.len())
+    report(&bench, suites.len(), skipped(&program, &left_out)?)
 }
 
-fn report(bench: &Workbench, suites: usize) -> Result<i32> {
+type Suite = (&'static str, &'static [&'static str]);
+
+/// The suites to run, and those left out because their kernel is not built yet.
+fn suites(args: &TestArgs, manifest: &Manifest) -> Result<(Vec<Suite>, Vec<Suite>)> {
+    let (mut run, mut left_out) = (Vec::new(), Vec::new());
+    for suite in SUITES
+        .into_iter()
+        .filter(|(guest, _)| args.guest.as_deref().is_none_or(|g| g == *guest))
+    {
+        let wanted = args.all || args.guest.is_some() || images::is_quick(manifest, suite.0)?;
+        if wanted {
+            run.push(suite)
+        } else {
+            left_out.push(suite)
+        }
+    }
+    ensure!(!run.is_empty(), "no such guest in the end-to-end tests");
+    Ok((run, left_out))
+}
+
+/// How many tests the suites left out would have been.
+fn skipped(program: &Path, left_out: &[Suite]) -> Result<u32> {
+    let mut count = 0;
+    for (guest, filter) in left_out {
+        let list = run::stdout(
+            Command::new(program)
+                .args(["--ignored", "--list"])
+                .args(*filter),
+        )?;
+        let tests = list.lines().filter(|l| l.ends_with(": test")).count();
+        progress::warn(&format!(
+            "SKIPPED: {tests} tests of {guest}, whose kernel is not built (cargo xtask test --all)"
+        ));
+        count += u32::try_from(tests)?;
+    }
+    Ok(count)
+}
+
+fn report(bench: &Workbench, suites: usize, skipped: u32) -> Result<i32> {
     let log = bench.out().join("e2e.log");
-    let tally = Tally::of(
+    let mut tally = Tally::of(
         &fs::read_to_string(&log).with_context(|| format!("cannot read {}", log.display()))?,
     );
+    tally.skipped += skipped;
     let whole = usize::try_from(tally.finished).is_ok_and(|n| n == suites);
     if !whole {
         progress::warn(&format!(

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::{Image, Parts, assemble, planted};
-use crate::manifest::{Lean, Manifest, Planted};
+use crate::manifest::{Guest, Lean, Manifest, Planted};
 use crate::publish::Staging;
 use crate::{checksum, packages, paths, progress, run, source};
 
@@ -37,32 +37,56 @@ pub(super) fn make(manifest: &Manifest, lean: &Lean) -> Result<Image> {
     assemble(&lean.name, &parts)
 }
 
+/// Whether the kernel is in the cache.
+pub(super) fn is_built(manifest: &Manifest, lean: &Lean) -> Result<bool> {
+    Ok(Plan::of(manifest, lean)?.built.dir.exists())
+}
+
 /// Builds the kernel, or finds it built.
 pub(super) fn built(manifest: &Manifest, lean: &Lean) -> Result<Built> {
-    let guest = packages::settle(manifest.guest(&lean.source)?)?;
-    let path = paths::guest_images().join(&lean.fragment);
-    let fragment =
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let linked_in = if lean.planted == Planted::LinkedIn {
-        planted::source()?
-    } else {
-        Vec::new()
-    };
-    let identity = checksum::of_parts(&[guest.version.as_bytes(), fragment.as_bytes(), &linked_in]);
-    let dir = paths::cache()?
-        .join("lean")
-        .join(format!("{}-{}", lean.name, &identity[..12]));
-    if !dir.exists() {
-        let source = source::unpacked(&guest)?;
+    let plan = Plan::of(manifest, lean)?;
+    if !plan.built.dir.exists() {
+        let source = source::unpacked(&plan.guest)?;
         let step = progress::step(format!(
             "building kernel {} (some minutes, once)",
             lean.name
         ));
-        compile(&source, &fragment, lean.planted, &dir)
+        compile(&source, &plan.fragment, lean.planted, &plan.built.dir)
             .with_context(|| format!("kernel {} does not build", lean.name))?;
         step.done();
     }
-    Ok(Built { dir, identity })
+    Ok(plan.built)
+}
+
+/// What a lean kernel is built from and where it will lie.
+struct Plan {
+    guest: Guest,
+    fragment: String,
+    built: Built,
+}
+
+impl Plan {
+    fn of(manifest: &Manifest, lean: &Lean) -> Result<Self> {
+        let guest = packages::settle(manifest.guest(&lean.source)?)?;
+        let path = paths::guest_images().join(&lean.fragment);
+        let fragment =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let linked_in = if lean.planted == Planted::LinkedIn {
+            planted::source()?
+        } else {
+            Vec::new()
+        };
+        let identity =
+            checksum::of_parts(&[guest.version.as_bytes(), fragment.as_bytes(), &linked_in]);
+        let dir = paths::cache()?
+            .join("lean")
+            .join(format!("{}-{}", lean.name, &identity[..12]));
+        Ok(Self {
+            guest,
+            fragment,
+            built: Built { dir, identity },
+        })
+    }
 }
 
 fn compile(source: &Path, fragment: &str, planted: Planted, target: &Path) -> Result<()> {

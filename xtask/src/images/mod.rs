@@ -54,6 +54,14 @@ pub(crate) fn names(manifest: &Manifest) -> Vec<&str> {
         .collect()
 }
 
+/// Whether making this image takes no kernel build.
+pub(crate) fn is_quick(manifest: &Manifest, name: &str) -> Result<bool> {
+    match manifest.leans.iter().find(|l| l.name == name) {
+        Some(lean) => lean::is_built(manifest, lean),
+        None => Ok(true),
+    }
+}
+
 /// Makes the image of one guest unless the cache has it.
 pub(crate) fn make(manifest: &Manifest, name: &str) -> Result<Image> {
     if let Ok(guest) = manifest.guest(name) {
