@@ -91,11 +91,8 @@ fn suites(args: &TestArgs, manifest: &Manifest) -> Result<(Vec<Suite>, Vec<Suite
         .filter(|(guest, _)| args.guest.as_deref().is_none_or(|g| g == *guest))
     {
         let wanted = args.all || args.guest.is_some() || images::is_quick(manifest, suite.0)?;
-        if wanted {
-            run.push(suite)
-        } else {
-            left_out.push(suite)
-        }
+        let list = if wanted { &mut run } else { &mut left_out };
+        list.push(suite);
     }
     ensure!(!run.is_empty(), "no such guest in the end-to-end tests");
     Ok((run, left_out))
