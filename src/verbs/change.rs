@@ -109,7 +109,12 @@ fn report(result: &'static str, vm: &str, changed: &flow::Changed, watch: &Watch
     };
     watch.finish();
     output.answer(&answer, |answer| {
-        format!("patch {} {}\n{}", answer.patch, answer.result, text(answer))
+        format!(
+            "patch {} {}\n{}",
+            answer.patch,
+            answer.result.replace('-', " "),
+            text(answer)
+        )
     });
 }
 

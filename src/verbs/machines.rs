@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::json;
 use vmpatch_vmm::client::{self, CallError, Status};
+use vmpatch_vmm::vm::{Holder, State};
 
 use crate::exit::Failure;
 use crate::report::{Output, table};
@@ -67,7 +68,9 @@ fn row(id: &str, status: Result<Status, CallError>) -> Row {
     match status {
         Ok(status) => Row {
             id,
-            state: status.outcome.unwrap_or_else(|| status.state.to_string()),
+            state: status
+                .outcome
+                .unwrap_or_else(|| state(status.state).to_owned()),
             pid: Some(status.description.pid),
             vcpus: Some(status.description.vcpus),
             memory: Some(status.description.memory),
@@ -83,6 +86,15 @@ fn row(id: &str, status: Result<Status, CallError>) -> Row {
             uptime_ms: None,
             kernel: None,
         },
+    }
+}
+
+fn state(state: State) -> &'static str {
+    match state {
+        State::Running => "running",
+        State::Stopping(Holder::Owner) | State::Stopped(Holder::Owner) => "paused",
+        State::Stopping(Holder::Patch) | State::Stopped(Holder::Patch) => "stopped to be patched",
+        State::Stuck => "stuck: an undo failed",
     }
 }
 

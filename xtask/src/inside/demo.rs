@@ -72,7 +72,7 @@ fn say(text: &str) {
 
 /// One call of the tool, shown as a person would type it.
 fn step(guest: &Guest, words: &[&str]) -> Result<Answer> {
-    println!("\n$ vmpatch {} --vm {}", words.join(" "), guest.id);
+    println!("\n$ vmpatch {} --vm {} --json", words.join(" "), guest.id);
     let answer = guest.call(words)?;
     let answer = answer
         .expect_code(0)
