@@ -24,7 +24,8 @@ const PER_CPU_AREAS: std::ops::Range<u64> = 0xff00_0000_0000_0000..0xffff_ffff_8
 pub struct Layout {
     /// `_stext` to `_etext`.
     pub text: GvaRange,
-    /// `__init_begin` to `__init_end`, freed after boot.
+    /// `__init_begin` to `__init_end`, freed after boot; where kallsyms has text symbols only, no more than
+    /// its text.
     pub init: Option<GvaRange>,
     /// The kernel's own page tables (`init_top_pgt`).
     pub space: AddressSpace,
@@ -52,7 +53,8 @@ impl Layout {
         let memory = KernelMemory::new(memory.physical, space);
         Ok(Self {
             text,
-            init: between(lookup.symbols, "__init_begin", "__init_end"),
+            init: between(lookup.symbols, "__init_begin", "__init_end")
+                .or_else(|| between(lookup.symbols, "_sinittext", "_einittext")),
             space,
             per_cpu_offset: per_cpu_offsets(&memory, lookup)?,
             direct_map: direct_map(&memory, lookup)?,

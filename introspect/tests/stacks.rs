@@ -1,7 +1,7 @@
 //! Stacks of sleeping tasks equal the guest's own `/proc/*/task/*/stack`, and every stack of a stopped
 //! guest is understood to its end.
 
-#![allow(clippy::unwrap_used, reason = "only tests are here")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "only tests are here")]
 
 mod common;
 
@@ -10,10 +10,11 @@ use std::collections::BTreeMap;
 use common::{Guest, each_guest};
 use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::stacks::{self, Stack};
-use vmpatch_introspect::unwind::{Frame, FrameKind, Unwinder};
+use vmpatch_introspect::unwind::{Frame, FrameKind, Unreliable, Unwinder};
 
 struct Seen<'a> {
     guest: &'a Guest,
+    by_frame_pointers: bool,
     modules: Vec<Module>,
     stacks: Vec<Stack>,
 }
@@ -26,6 +27,7 @@ impl<'a> Seen<'a> {
             stacks::all(&guest.kernel, &unwinder, &guest.dump, guest.dump.vcpus()).unwrap();
         Self {
             guest,
+            by_frame_pointers: unwinder.by_frame_pointers(),
             modules,
             stacks,
         }
@@ -129,7 +131,13 @@ fn every_stack_is_understood_to_its_end() {
         for stack in &seen.stacks {
             let frames = &stack.trace.frames;
             let names: Vec<_> = frames.iter().map(|frame| seen.name(frame)).collect();
-            assert_eq!(stack.trace.unreliable, None, "{:?}: {names:#?}", stack.task);
+            // A frame pointer does not tell whether the running function has set up its frame yet.
+            let unsure = seen.by_frame_pointers && stack.vcpu.is_some();
+            match &stack.trace.unreliable {
+                None => {}
+                Some(Unreliable::Preempted(_)) if unsure => {}
+                Some(why) => panic!("{:?}: {why}: {names:#?}", stack.task),
+            }
             assert!(stack.task.is_some());
             let running = frames
                 .first()
@@ -151,11 +159,16 @@ fn every_stack_is_understood_to_its_end() {
 fn only_a_guest_that_traces_hides_return_addresses() {
     each_guest(|guest| {
         let seen = Seen::new(guest);
-        let hidden = |stack: &Stack| stack.hidden_returns.len();
-        let most = seen.stacks.iter().map(hidden).max().unwrap();
+        let hidden = |stack: &&Stack| stack.hidden_returns.len();
+        // With an unreliable trace, registers are among them.
+        let reliable = seen
+            .stacks
+            .iter()
+            .filter(|stack| stack.trace.unreliable.is_none());
+        let most = reliable.clone().map(|stack| hidden(&stack)).max().unwrap();
         let traced = guest.answer("trace.txt").is_some();
         assert!(if traced { most >= 3 } else { most == 0 }, "{most}");
-        for stack in &seen.stacks {
+        for stack in reliable {
             for &at in &stack.hidden_returns {
                 let frame = Frame {
                     at,
