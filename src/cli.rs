@@ -169,8 +169,8 @@ pub(crate) struct Stacks {
 /// `vmpatch build`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Compile both objects with the flags of the running kernel plus -ffunction-sections -fdata-sections, for
-instance, in a prepared kernel tree:
+Compile both objects with the flags of the running kernel plus
+-ffunction-sections -fdata-sections; in a prepared kernel tree:
   make KCFLAGS='-ffunction-sections -fdata-sections' fs/proc/version.o")]
 pub(crate) struct Build {
     /// Object of the source before the fix.

@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::Context;
 
+use crate::exit::Failure;
+
 /// Set in the child's environment: it then says [`READY`] on standard output once the VM runs.
 const CHILD: &str = "VMPATCH_DETACHED";
 const READY: &str = "ready";
@@ -41,7 +43,7 @@ pub(crate) fn say_ready() -> anyhow::Result<()> {
 
 /// In the parent: starts the same command line again and waits until its VM runs. Its messages go to
 /// `log`. Returns the child's process id.
-pub(crate) fn start_again(log: &Path) -> anyhow::Result<u32> {
+pub(crate) fn start_again(log: &Path) -> Result<u32, Failure> {
     let messages = File::create(log).with_context(|| format!("creating {}", log.display()))?;
     let mut child = Command::new(std::env::current_exe().context("finding this program")?)
         .args(std::env::args_os().skip(1))
@@ -64,16 +66,31 @@ pub(crate) fn start_again(log: &Path) -> anyhow::Result<u32> {
     }
 }
 
-fn failed(mut child: Child, log: &Path) -> anyhow::Error {
-    let ending = child
-        .wait()
-        .map_or_else(|error| error.to_string(), |status| status.to_string());
+/// The ending of a child that did not come to run, told as if it were the parent's own.
+fn failed(mut child: Child, log: &Path) -> Failure {
+    let ending = child.wait();
     let said = std::fs::read(log).unwrap_or_default();
     let last = said
         .get(said.len().saturating_sub(SHOWN_LOG)..)
         .unwrap_or(&said);
-    anyhow::anyhow!(
-        "the VM did not start ({ending}): {}",
-        String::from_utf8_lossy(last).trim()
-    )
+    let said = String::from_utf8_lossy(last);
+    let reason = said.trim().trim_start_matches("vmpatch: ");
+    let without = |kind: &str| reason.trim_start_matches(kind).to_owned();
+    // The log is told whole; it has no other reader.
+    let _ = std::fs::remove_file(log);
+    match ending
+        .as_ref()
+        .ok()
+        .and_then(std::process::ExitStatus::code)
+    {
+        Some(2) => Failure::Usage(without("usage: ")),
+        Some(3) => Failure::refused(without("refused: ")),
+        _ => {
+            let ending = ending.map_or_else(|error| error.to_string(), |status| status.to_string());
+            Failure::Other(anyhow::anyhow!(
+                "the VM did not start ({ending}): {}",
+                without("failed: ")
+            ))
+        }
+    }
 }

@@ -18,7 +18,7 @@ pub(crate) fn connect(id: &str) -> Result<KvmTarget, Failure> {
 
 /// The folder of a running VM.
 fn folder(id: &str) -> Result<PathBuf, Failure> {
-    client::folder(id).map_err(|error| Failure::Unreachable(error.to_string()))
+    Ok(client::folder(id)?)
 }
 
 /// Registers of every vCPU, by a stop as short as can be.
@@ -67,7 +67,8 @@ impl Live {
         Ok(self.kernel.modules(&self.vm)?)
     }
 
-    /// Where this host keeps its journal of the VM. It goes with the VM.
+    /// Where this host keeps its journal of the VM. It outlives the VM's process; a later
+    /// boot under the same id calls it stale.
     pub(crate) fn journal(&self) -> PathBuf {
         self.folder.join("journal")
     }

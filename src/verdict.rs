@@ -1,5 +1,7 @@
 //! What each part's errors mean to whoever called: the one place where they become endings of a verb.
 
+use std::io::ErrorKind;
+
 use serde_json::json;
 use vmpatch_introspect::AttachError;
 use vmpatch_introspect::target::{ResumeError, StopError};
@@ -22,6 +24,7 @@ impl From<CallError> for Failure {
     fn from(error: CallError) -> Self {
         match error {
             CallError::Refused(_) => Self::refused(error),
+            CallError::Place(error) => error.into(),
             _ => Self::Unreachable(error.to_string()),
         }
     }
@@ -96,6 +99,18 @@ impl From<JournalError> for Failure {
     }
 }
 
+impl From<PatchFileError> for Failure {
+    fn from(error: PatchFileError) -> Self {
+        match &error {
+            PatchFileError::Read { path, source } if source.kind() == ErrorKind::NotFound => {
+                Self::Usage(format!("there is no patch file {}", path.display()))
+            }
+            PatchFileError::Write { .. } => Self::Other(error.into()),
+            _ => Self::refused(error),
+        }
+    }
+}
+
 impl From<BuildError> for Failure {
     fn from(error: BuildError) -> Self {
         let reason = error.to_string();
@@ -145,7 +160,6 @@ macro_rules! refused {
 
 refused!(
     AttachError,
-    PatchFileError,
     AdmitError,
     RollbackError,
     ChangeError,

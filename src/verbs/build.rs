@@ -1,8 +1,9 @@
 //! `vmpatch build`: a patch file from two objects.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::anyhow;
 use serde::Serialize;
 use vmpatch_patcher::build::{BuildOptions, BuildReport, build};
 use vmpatch_patcher::patch::Requirement;
@@ -64,5 +65,8 @@ fn name(asked: &Build) -> Result<String, Failure> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    Ok(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?)
+    std::fs::read(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Failure::Usage(format!("there is no object {}", path.display())),
+        _ => Failure::Other(anyhow!(error).context(format!("reading {}", path.display()))),
+    })
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::images::{self, Recipe};
 use crate::manifest::Manifest;
@@ -45,11 +45,20 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
         .join("objects")
         .join(guest)
         .join(format!("{patch}-{}", &digest[..12]));
+    let lock = paths::cache()?.join(format!("objects-{guest}.lock"));
+    let lock = fs::File::create(&lock).with_context(|| format!("creating {}", lock.display()))?;
+    // Held to the end of this function: two commands in one work tree would compile each other's source.
+    lock.lock()
+        .context("waiting for another command that compiles for this guest")?;
     if !dir.exists() {
         let step = progress::step(format!("compiling {patch} for {guest}"));
         let work = WorkTree::prepared(guest, &recipe)?;
         let staging = Staging::beside(&dir)?;
         work.compile_both(&path, &changed_file(&text)?, staging.dir())?;
+        ensure!(
+            fs::read(staging.dir().join("old.o"))? != fs::read(staging.dir().join("new.o"))?,
+            "{patch} changes nothing in the object compiled for {guest}"
+        );
         staging.publish()?;
         step.done();
     }
@@ -115,7 +124,7 @@ impl WorkTree {
         self.compile(file, &into.join("old.o"))?;
         let patched = run::quiet(
             Command::new("patch")
-                .args(["-p1", "-s", "-i"])
+                .args(["-p1", "-s", "--no-backup-if-mismatch", "-i"])
                 .arg(patch)
                 .current_dir(&self.source),
         );
