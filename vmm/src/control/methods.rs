@@ -24,6 +24,10 @@ use crate::vm::Running;
 
 /// How long the owner's pause may take to be reached.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(1);
+/// How long a new session waits for the one before it to be seen as over.
+const HANDOVER: Duration = Duration::from_millis(500);
+/// How often it looks meanwhile.
+const HANDOVER_STEP: Duration = Duration::from_millis(1);
 
 /// What all clients share.
 #[derive(Debug)]
@@ -125,7 +129,7 @@ impl Client {
     }
 
     fn open(&mut self, machine: &Arc<Machine>) -> Result<Reply, Failure> {
-        if machine.session.swap(true, Ordering::SeqCst) {
+        if !claim(&machine.session) {
             return Err(Failure::refused("another session is open on this VM"));
         }
         let slot = Slotted(Arc::clone(machine));
@@ -160,6 +164,19 @@ impl Client {
         }
         done(running.memory().write(write.at, &bytes))
     }
+}
+
+/// Takes the one session, after waiting a little: a client that has just ended may not have been noticed yet, and whoever
+/// calls one command after the other must not be refused for it.
+fn claim(session: &AtomicBool) -> bool {
+    let until = Instant::now() + HANDOVER;
+    while session.swap(true, Ordering::SeqCst) {
+        if Instant::now() >= until {
+            return false;
+        }
+        std::thread::sleep(HANDOVER_STEP);
+    }
+    true
 }
 
 /// The answer to opening a session: memory and the shared page, with their descriptors.
@@ -221,4 +238,27 @@ fn parse<T: DeserializeOwned>(params: Value) -> Result<T, Failure> {
 
 fn internal(error: &io::Error) -> Failure {
     Failure::refused(format!("the VMM cannot open a session: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_that_is_about_to_end_is_waited_for() {
+        let session = AtomicBool::new(true);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                session.store(false, Ordering::SeqCst);
+            });
+            assert!(claim(&session));
+        });
+        assert!(session.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn a_session_that_stays_is_not_taken_over() {
+        assert!(!claim(&AtomicBool::new(true)));
+    }
 }
