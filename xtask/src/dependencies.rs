@@ -51,7 +51,8 @@ fn breaches(metadata: &Value) -> Vec<String> {
         };
         for dependency in items(package, "dependencies").filter_map(|d| d["name"].as_str()) {
             let ours = ALLOWED.iter().any(|(n, _)| *n == dependency);
-            if ours && !allowed.contains(&dependency) {
+            // A crate's tests may use the crate itself with more features.
+            if ours && dependency != name && !allowed.contains(&dependency) {
                 found.push(format!("{name} → {dependency}"));
             }
         }
@@ -83,8 +84,7 @@ mod tests {
 
     #[test]
     fn the_arrows_of_the_design_are_allowed() {
-        let metadata =
-            json!({ "packages": [package("vmpatch-patcher", &["vmpatch-introspect", "object"])] });
+        let metadata = json!({ "packages": [package("vmpatch-patcher", &["vmpatch-introspect", "vmpatch-patcher", "object"])] });
         assert!(breaches(&metadata).is_empty());
     }
 }
