@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use serde_json::Value;
 use vmpatch_testkit::{Answer, Boot, Guest, Image, Side, Tool, patch_file};
 
 use super::spinner;
@@ -140,16 +139,23 @@ fn measure(
     })
 }
 
-/// What the machine itself measured of the stop, and the phase in which the stacks are read.
+/// What the machine itself measured of the stop (`kick`, `registers`, `write`, `resume`), how long the tool took over the stacks
+/// (`stacks`), and how long it waited for each answer (`tool_…`).
 fn collect(answer: &Answer, phases: &mut BTreeMap<String, Vec<f64>>) {
     let stop = answer.json["stop_us"].as_object().into_iter().flatten();
-    let stacks = answer.json["phases_us"]
-        .get("checked")
-        .map(|v| ("stacks".to_owned(), v.clone()));
-    for (name, value) in stop.map(|(n, v)| (n.clone(), v.clone())).chain(stacks) {
+    let seen = [
+        ("stopped", "tool_stop"),
+        ("checked", "stacks"),
+        ("written", "tool_write"),
+        ("resumed", "tool_resume"),
+    ];
+    let seen = seen
+        .iter()
+        .filter_map(|(phase, name)| Some((*name, answer.json["phases_us"].get(phase)?)));
+    for (name, value) in stop.map(|(name, value)| (name.as_str(), value)).chain(seen) {
         phases
-            .entry(name)
+            .entry(name.to_owned())
             .or_default()
-            .extend(Value::as_f64(&value));
+            .extend(value.as_f64());
     }
 }
