@@ -95,7 +95,7 @@ impl Failure {
         match self {
             Self::Usage(reason) | Self::Unreachable(reason) => reason.clone(),
             Self::Refused { reason, .. } | Self::Busy { reason, .. } => reason.clone(),
-            Self::Other(error) => format!("{error:#}"),
+            Self::Other(error) => chain(error),
         }
     }
 
@@ -106,6 +106,17 @@ impl Failure {
             Self::Usage(_) | Self::Unreachable(_) | Self::Other(_) => &Value::Null,
         }
     }
+}
+
+/// An error and its causes, each told once: many errors tell their cause themselves.
+fn chain(error: &anyhow::Error) -> String {
+    let mut told = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !told.contains(&cause) {
+            told = format!("{told}: {cause}");
+        }
+    }
+    told
 }
 
 impl From<anyhow::Error> for Failure {
@@ -138,6 +149,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_cause_that_its_error_tells_is_not_told_again() {
+        let error = anyhow::anyhow!("no such file")
+            .context("kernel: no such file")
+            .context("run");
+        assert_eq!(chain(&error), "run: kernel: no such file");
+    }
 
     #[test]
     fn a_refusal_carries_its_details_into_the_json_answer() {

@@ -25,6 +25,12 @@ impl From<CallError> for Failure {
         match error {
             CallError::Refused(_) => Self::refused(error),
             CallError::Place(error) => error.into(),
+            CallError::Connect { path, source } if source.kind() == ErrorKind::NotFound => {
+                Self::Unreachable(format!(
+                    "no VM runs at {}; `vmpatch list` shows those that run",
+                    path.display()
+                ))
+            }
             _ => Self::Unreachable(error.to_string()),
         }
     }

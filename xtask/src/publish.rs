@@ -1,5 +1,5 @@
 //! Putting a finished file or folder in its place in one rename, so that an interrupted command leaves either nothing or
-//! the whole thing. Does not lock: two commands that make the same thing at once both succeed and one result stays.
+//! the whole thing. Does not lock: who may make the same thing at once holds a lock of their own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ impl Staging {
         &self.dir
     }
 
-    /// Makes the whole folder the target. A target that is there already is kept if `keep` and else replaced.
+    /// Makes the whole folder the target. A target that is there already is replaced.
     pub(crate) fn publish(self) -> Result<()> {
         if self.target.exists() {
             fs::remove_dir_all(&self.target)

@@ -8,7 +8,10 @@ use crate::status::{Ledger, State};
 #[derive(Debug, thiserror::Error)]
 pub enum RollbackError {
     /// Neither the guest's manifest nor this host's journal has heard of it in this boot.
-    #[error("no patch named {name} was applied since this guest booted")]
+    #[error(
+        "no patch named {name} was applied since this guest booted{}",
+        name_hint(name)
+    )]
     NoSuchPatch {
         /// The name asked for.
         name: String,
@@ -38,6 +41,15 @@ pub enum RollbackError {
     /// Its record makes no change.
     #[error(transparent)]
     Change(#[from] ChangeError),
+}
+
+/// For who gives the file's name, as to apply.
+fn name_hint(name: &str) -> &'static str {
+    if name.ends_with(".vmpatch") {
+        "; rollback takes the patch's name, as `vmpatch status` shows it, not its file"
+    } else {
+        ""
+    }
 }
 
 /// The change that takes `name` back, by manifest and journal; no patch file is needed.
