@@ -1,7 +1,8 @@
 //! A guest's console: every line it printed, and commands typed at it. Knows the guest's init protocol, no more.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::process::{Child, Command};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,35 @@ impl Console {
             shared,
             input: Box::new(input),
         }
+    }
+
+    /// Starts a process and reads its output. The thread that starts it reads until the end, so a process that asks to die with the
+    /// thread that started it (`setpriv --pdeathsig`) dies with this program and not before.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub(crate) fn of_process(mut command: Command) -> Result<(Self, Child)> {
+        let shared = Arc::new(Shared::default());
+        let writer = Arc::clone(&shared);
+        let (send, receive) = mpsc::channel();
+        thread::spawn(move || {
+            let (output, started) = match command.spawn() {
+                Ok(mut child) => (child.stdout.take(), Ok(child)),
+                Err(error) => (None, Err(error)),
+            };
+            // Whoever waits for the process is still there: it waits below.
+            let _ = send.send(started);
+            if let Some(output) = output {
+                writer.collect(output);
+            }
+        });
+        let started = receive
+            .recv()
+            .context("the thread that starts the process is gone")?;
+        let mut child = started.context("cannot start the process")?;
+        let input = child.stdin.take().context("no input pipe")?;
+        let input = Box::new(input);
+        Ok((Self { shared, input }, child))
     }
 
     /// How many lines there are by now: a place to wait from.
@@ -168,6 +198,18 @@ mod tests {
             .unwrap();
         assert_eq!(end, "@end 0");
         assert!(console.type_line("x").is_ok());
+    }
+
+    #[test]
+    fn a_process_is_typed_at_and_read() {
+        use std::process::Stdio;
+        let mut cat = Command::new("cat");
+        cat.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let (mut console, mut child) = Console::of_process(cat).unwrap();
+        console.type_line("hello").unwrap();
+        console.wait(0, SOON, |l| l == "hello").unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -133,14 +133,10 @@ impl Boot {
     /// It does not get there in time; the message holds its last lines.
     pub fn start(self, tool: &Tool, image: &Image) -> Result<Guest> {
         let since = Instant::now();
-        let mut process = self
-            .command(tool, image)
-            .spawn()
-            .context("cannot start vmpatch run")?;
-        let output = process.stdout.take().context("no output pipe")?;
-        let input = process.stdin.take().context("no input pipe")?;
+        let (console, process) =
+            Console::of_process(self.command(tool, image)).context("cannot start vmpatch run")?;
         let mut guest = Guest {
-            console: Console::new(output, input),
+            console,
             tool: tool.clone(),
             id: self.id,
             boot_time: Duration::ZERO,
@@ -158,7 +154,8 @@ impl Boot {
     }
 
     fn command(&self, tool: &Tool, image: &Image) -> std::process::Command {
-        let mut command = tool.command();
+        // A guest that nobody ends, as one that tests share, ends with the program that started it.
+        let mut command = tool.command_after(&["setpriv", "--pdeathsig", "KILL"]);
         command
             .args([
                 "run",

@@ -68,6 +68,19 @@ impl Tool {
         command
     }
 
+    /// The same, started by another program that gives way to it.
+    #[must_use]
+    pub fn command_after(&self, before: &[&str]) -> Command {
+        let mut words = before.iter();
+        let mut command = Command::new(words.next().unwrap_or(&"env"));
+        command
+            .args(words)
+            .arg(&self.path)
+            .envs(self.env.iter().map(|(n, v)| (n, v)))
+            .stdin(Stdio::null());
+        command
+    }
+
     /// Calls it with `--json`.
     ///
     /// # Errors
