@@ -1,15 +1,20 @@
 //! A VM reached by the name the user gave, and the kernel found in it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use vmpatch_introspect::modules::Module;
-use vmpatch_introspect::target::StopRequest;
+use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{GpaRange, Kernel, Target, Vcpu};
 use vmpatch_patcher::quiescence::LiveKernel;
 use vmpatch_vmm::client::{self, KvmTarget};
 
 use crate::exit::Failure;
+
+/// How often a stop is tried, and how long the guest runs in between.
+const STOP_TRIES: u32 = 20;
+const STOP_PAUSE: Duration = Duration::from_millis(50);
 
 /// Connects to a running VM.
 pub(crate) fn connect(id: &str) -> Result<KvmTarget, Failure> {
@@ -23,12 +28,24 @@ fn folder(id: &str) -> Result<PathBuf, Failure> {
 
 /// Registers of every vCPU, by a stop as short as can be.
 pub(crate) fn registers(vm: &dyn Target) -> Result<Vec<Vcpu>, Failure> {
-    let stopped = vm.stop(StopRequest::default())?;
+    let stopped = patient_stop(vm)?;
     let vcpus = stopped.vcpus().to_vec();
     stopped
         .resume()
         .map_err(|error| Failure::Unreachable(error.to_string()))?;
     Ok(vcpus)
+}
+
+/// A stop that nothing is written in. One vCPU that is late, as on a host with more to do than it has cores, is no reason to give
+/// up what the user asked for: the guest is let go and stopped again, a few times.
+pub(crate) fn patient_stop(vm: &dyn Target) -> Result<Box<dyn StoppedTarget + '_>, StopError> {
+    for _ in 1..STOP_TRIES {
+        match vm.stop(StopRequest::default()) {
+            Err(StopError::Deadline { .. }) => std::thread::sleep(STOP_PAUSE),
+            other => return other,
+        }
+    }
+    vm.stop(StopRequest::default())
 }
 
 /// A VM with the kernel found in it.

@@ -4,13 +4,12 @@
 use serde::Serialize;
 use vmpatch_introspect::Gva;
 use vmpatch_introspect::stacks::{self, Stack};
-use vmpatch_introspect::target::{StopRequest, Target};
 use vmpatch_introspect::unwind::{Frame, FrameKind, Unwinder};
 
 use super::Names;
 use crate::cli::Stacks;
 use crate::exit::Failure;
-use crate::live::Live;
+use crate::live::{self, Live};
 use crate::report::Output;
 
 #[derive(Serialize)]
@@ -55,7 +54,7 @@ pub(super) fn show(asked: &Stacks, output: &Output) -> Result<(), Failure> {
 }
 
 fn of_one_moment(seen: &Live, unwinder: &Unwinder) -> Result<Vec<Stack>, Failure> {
-    let stopped = seen.vm().stop(StopRequest::default())?;
+    let stopped = live::patient_stop(seen.vm())?;
     let stacks = stacks::all(&seen.kernel, unwinder, stopped.memory(), stopped.vcpus());
     stopped
         .resume()
