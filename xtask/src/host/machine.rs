@@ -31,7 +31,8 @@ impl Drop for Reaped {
 /// Runs the job in the machine and returns its exit code.
 pub(super) fn run(manifest: &Manifest, job: &Job) -> Result<i32> {
     let boot = ramdisk::make(manifest)?;
-    write_script(job)?;
+    let own = std::env::current_exe().context("cannot find this program")?;
+    write_script(job, Some(&own))?;
     clear(&job.out, "exit")?;
     let sockets = SocketDir::create()?;
     let _daemon = daemon(&sockets.path)?;
