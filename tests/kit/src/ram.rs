@@ -23,8 +23,8 @@ pub struct Snapshot {
     pub code: String,
     /// Read-only data.
     pub rodata: String,
-    /// The page table that would map an arena.
-    pub arena_table: String,
+    /// The page table that would map an arena; none where the guest shows no symbols of data.
+    pub arena_table: Option<String>,
 }
 
 impl Ram {
@@ -78,22 +78,18 @@ impl Ram {
                 .copied()
                 .with_context(|| format!("no range {name} in /proc/iomem"))
         };
-        let symbol = |name: &str| {
-            oracle
-                .known
-                .get(name)
-                .copied()
-                .with_context(|| format!("no symbol {name}"))
-        };
+        let symbol = |name: &str| oracle.known.get(name).copied();
         let code = range("code")?;
         // The image is mapped as one piece, so distances are the same in both views.
-        let table = (symbol("level2_fixmap_pgt")?)
-            .wrapping_sub(symbol("_text")?)
-            .wrapping_add(code.0);
+        let table = symbol("level2_fixmap_pgt")
+            .zip(symbol("_text"))
+            .map(|(table, text)| table.wrapping_sub(text).wrapping_add(code.0));
         Ok(Snapshot {
             code: self.digest(code)?,
             rodata: self.digest(range("rodata")?)?,
-            arena_table: self.digest((table, table + PAGE - 1))?,
+            arena_table: table
+                .map(|at| self.digest((at, at + PAGE - 1)))
+                .transpose()?,
         })
     }
 }
