@@ -16,6 +16,9 @@ use crate::exit::Failure;
 const STOP_TRIES: u32 = 20;
 const STOP_PAUSE: Duration = Duration::from_millis(50);
 
+/// How often the kernel is looked for.
+const FIND_TRIES: u32 = 5;
+
 /// Connects to a running VM.
 pub(crate) fn connect(id: &str) -> Result<KvmTarget, Failure> {
     Ok(KvmTarget::connect(id)?)
@@ -48,6 +51,17 @@ pub(crate) fn patient_stop(vm: &dyn Target) -> Result<Box<dyn StoppedTarget + '_
     vm.stop(StopRequest::default())
 }
 
+/// Finds the kernel, starting from page tables that a vCPU uses. While the guest runs on they can be those of a process that has
+/// ended meanwhile, its memory used for something else; then the search is begun anew with what the vCPUs use by then.
+fn find_kernel(vm: &dyn Target) -> Result<Kernel, Failure> {
+    for _ in 1..FIND_TRIES {
+        if let Ok(kernel) = Kernel::attach(vm, &registers(vm)?) {
+            return Ok(kernel);
+        }
+    }
+    Ok(Kernel::attach(vm, &registers(vm)?)?)
+}
+
 /// A VM with the kernel found in it.
 pub(crate) struct Live {
     vm: KvmTarget,
@@ -60,8 +74,7 @@ impl Live {
     /// Connects, reads the registers and finds the kernel.
     pub(crate) fn attach(id: &str) -> Result<Self, Failure> {
         let vm = connect(id)?;
-        let vcpus = registers(&vm)?;
-        let kernel = Kernel::attach(&vm, &vcpus)?;
+        let kernel = find_kernel(&vm)?;
         Ok(Self {
             vm,
             folder: folder(id)?,
