@@ -28,7 +28,7 @@ impl Output {
         let shown = if self.json {
             to_json(value)
         } else {
-            text(value)
+            printable(&text(value))
         };
         print_line(&shown);
     }
@@ -38,7 +38,8 @@ impl Output {
         if self.json {
             print_line(&to_json(&FailureAnswer::from(failure)));
         } else {
-            eprintln!("vmpatch: {}: {}", failure.result(), failure.reason());
+            let reason = printable(&failure.reason());
+            eprintln!("vmpatch: {}: {reason}", failure.result());
         }
     }
 
@@ -66,6 +67,18 @@ pub(crate) fn start_log(verbose: bool) {
     drop(log.try_init());
 }
 
+/// What a guest says of itself ends up in tables and sentences: none of it may steer the terminal.
+fn printable(text: &str) -> String {
+    let plain = |c: char| {
+        if c.is_control() && c != '\n' && c != '\t' {
+            '\u{fffd}'
+        } else {
+            c
+        }
+    };
+    text.chars().map(plain).collect()
+}
+
 fn to_json<T: Serialize>(value: &T) -> String {
     serde_json::to_string(value)
         .unwrap_or_else(|error| format!("{{\"result\":\"failed\",\"reason\":\"{error}\"}}"))
@@ -76,4 +89,14 @@ fn print_line(line: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{}", line.trim_end());
     let _ = out.flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_cannot_steer_the_terminal() {
+        assert_eq!(printable("a\u{1b}[2Jb\n\tc"), "a\u{fffd}[2Jb\n\tc");
+    }
 }

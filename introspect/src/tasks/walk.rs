@@ -53,7 +53,8 @@ pub(crate) fn all(
     fields: &TaskFields,
     heads: &Heads<'_>,
 ) -> Result<Vec<Task>, AttachError> {
-    let most = heads.ram / fields.size.max(256) + 1;
+    // A task takes more than 2 KiB on any 64-bit kernel, whatever the guest's own type information says.
+    let most = heads.ram / fields.size.max(2048) + 1;
     let mut walk = Walk {
         memory,
         fields,

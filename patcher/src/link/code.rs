@@ -266,6 +266,7 @@ impl SectionLinker<'_, '_> {
             self.section.bytes.get(at).copied()
         };
         self.section.kind == SectionKind::Text
+            && field.kind == crate::patch::RelocationKind::Relative32
             && (matches!(before(1), Some(0xe8 | 0xe9))
                 || matches!((before(2), before(1)), (Some(0x0f), Some(0x80..=0x8f))))
     }

@@ -55,7 +55,7 @@ impl State {
     /// The reason, for people.
     pub fn let_go(self, holder: Holder) -> Result<Self, String> {
         match self {
-            Self::Stopped(by) | Self::Stopping(by) if by == holder => Ok(Self::Running),
+            Self::Stopped(by) if by == holder => Ok(Self::Running),
             other => Err(other.to_string()),
         }
     }
@@ -90,6 +90,16 @@ mod tests {
         assert_eq!(
             State::Running.begin(Holder::Owner),
             Ok(State::Stopping(Holder::Owner))
+        );
+    }
+
+    #[test]
+    fn nobody_lets_go_while_it_is_being_stopped() {
+        // The one who stops it writes the next state; a second writer would be written over.
+        assert!(
+            State::Stopping(Holder::Owner)
+                .let_go(Holder::Owner)
+                .is_err()
         );
     }
 
