@@ -18,14 +18,14 @@ use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::verify::locate::LocateError;
 use vmpatch_patcher::verify::{Verified, verify};
 
-/// The kernel that the samples were built for.
-const RELEASE: &str = "6.12.107+deb12-cloud-amd64";
+/// The kernel that the samples are built for.
+const SAMPLED: &str = "6.12";
 
 fn each(check: impl Fn(&Guest, &PatchFile)) {
-    for (name, guest) in Guest::all(RELEASE) {
+    for (name, guest) in Guest::all(SAMPLED) {
         for sample in samples() {
             eprintln!("{name}: {}", sample.patch().name);
-            check(&guest, &sample);
+            check(&guest, sample);
             guest.forget();
         }
     }
@@ -33,7 +33,7 @@ fn each(check: impl Fn(&Guest, &PatchFile)) {
 
 /// Any one guest of that kernel.
 fn first() -> Option<Guest> {
-    Guest::all(RELEASE)
+    Guest::all(SAMPLED)
         .into_iter()
         .map(|(_, guest)| guest)
         .next()
@@ -153,7 +153,7 @@ fn a_second_patch_finds_the_window_mapped_and_takes_other_pages() {
         if functions.contains(&name) {
             continue;
         }
-        let verified = apply(&guest, &sample);
+        let verified = apply(&guest, sample);
         assert_eq!(verified.map.is_empty(), !functions.is_empty());
         for extent in &verified.record.extents {
             for page in extent.page..extent.page + extent.pages {
@@ -197,7 +197,7 @@ fn a_flipped_bit_in_any_byte_of_an_old_function_is_seen_but_where_the_kernel_its
         return;
     };
     for sample in samples() {
-        let whole = verified(&guest, &sample).unwrap();
+        let whole = verified(&guest, sample).unwrap();
         let old = whole.functions[0].old;
         let sites = &sample.patch().replaced[0].old.sites;
         let view = link::Guest::new(&guest.kernel, &guest);
@@ -208,7 +208,7 @@ fn a_flipped_bit_in_any_byte_of_an_old_function_is_seen_but_where_the_kernel_its
             let excused = sites
                 .iter()
                 .any(|site| (site.offset..site.offset + u64::from(site.len)).contains(&offset));
-            match verified(&guest, &sample) {
+            match verified(&guest, sample) {
                 Err(LinkError::Locate(LocateError::Differs { mismatch, .. })) => {
                     assert!(mismatch.lines.iter().any(|line| line.starts_with('>')));
                 }
@@ -224,7 +224,7 @@ fn a_flipped_bit_in_any_byte_of_an_old_function_is_seen_but_where_the_kernel_its
 fn a_patch_for_another_kernel_or_function_is_refused() {
     each(|guest, sample| {
         let other = changed(sample, |patch| {
-            patch.requires.release = Some("6.12.107+deb13-cloud-amd64".into());
+            patch.requires.release = Some("6.12.0-another-cloud-amd64".into());
         });
         assert!(matches!(
             verified(guest, &other),
@@ -272,13 +272,13 @@ fn a_window_that_the_guest_uses_is_left_alone() {
     let Some(guest) = first() else {
         return;
     };
-    let Some(sample) = samples().into_iter().next() else {
+    let Some(sample) = samples().first() else {
         return;
     };
-    let Edit { at, .. } = verified(&guest, &sample).unwrap().map.remove(0);
+    let Edit { at, .. } = verified(&guest, sample).unwrap().map.remove(0);
     guest.write(at, &0x1234_5067_u64.to_le_bytes());
     assert!(matches!(
-        verified(&guest, &sample),
+        verified(&guest, sample),
         Err(LinkError::Arena(ArenaError::Occupied { .. }))
     ));
 }

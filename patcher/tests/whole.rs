@@ -21,7 +21,7 @@ use vmpatch_patcher::status::{self, Ledger, State};
 use vmpatch_patcher::testing::Machine;
 use vmpatch_patcher::verify::verify;
 
-/// Guests that the samples were built for.
+/// Guests that the samples are built for.
 const DUMPS: [&str; 2] = ["debian-6.12", "debian-6.12-user"];
 
 struct Vm {
@@ -127,7 +127,7 @@ fn each(check: impl Fn(&Vm, &[PatchFile])) {
         return;
     };
     for name in DUMPS.iter().filter(|_| !samples.is_empty()) {
-        check(&Vm::open(&Path::new(&folder).join(name)), &samples);
+        check(&Vm::open(&Path::new(&folder).join(name)), samples);
     }
 }
 

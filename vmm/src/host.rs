@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn a_software_kvm_is_refused_with_what_to_do_instead() {
         let Ok(mut host) = Host::open() else {
-            return eprintln!("skipped: no /dev/kvm");
+            return eprintln!("SKIPPED: no /dev/kvm");
         };
         host.kind = Kind::Software;
         let error = host.require_hardware(false).unwrap_err().to_string();

@@ -271,7 +271,7 @@ mod tests {
 
     fn run(code: &[u8]) -> Option<Finished> {
         if Host::open().is_err() {
-            eprintln!("skipped: no /dev/kvm");
+            eprintln!("SKIPPED: no /dev/kvm");
             return None;
         }
         let image = image(code);
@@ -303,7 +303,7 @@ mod tests {
     #[test]
     fn a_vcpu_reaches_the_arena_where_the_layout_puts_it() {
         if Host::open().is_err() {
-            return eprintln!("skipped: no /dev/kvm");
+            return eprintln!("SKIPPED: no /dev/kvm");
         }
         // mov rax, 1 << 39; mov dword [rax], 0x616e6572; then power-off as above.
         let code = [

@@ -3,6 +3,7 @@
 mod apt;
 mod checksum;
 mod commands;
+mod comparisons;
 mod cpio;
 mod dependencies;
 mod dumps;

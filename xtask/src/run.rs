@@ -1,6 +1,7 @@
 //! Running other programs: quiet while they succeed, their last words when they fail. Does not know what they do.
 
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -32,16 +33,20 @@ pub(crate) fn stdout(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&quiet(command)?.stdout).into_owned())
 }
 
-/// Runs with output shown as it comes; fails if it fails.
-pub(crate) fn shown(command: &mut Command) -> Result<()> {
-    let status = command
+/// Runs to the end, standard error shown as it comes; each line of standard output goes to `line` at once. Returns whether
+/// it succeeded.
+pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result<bool> {
+    let mut child = command
         .stdin(Stdio::null())
-        .status()
+        .stdout(Stdio::piped())
+        .spawn()
         .with_context(|| format!("cannot start {}", name(command)))?;
-    if !status.success() {
-        bail!("{} failed ({status})", name(command));
+    if let Some(output) = child.stdout.take() {
+        for text in BufReader::new(output).split(b'\n') {
+            line(&String::from_utf8_lossy(&text?));
+        }
     }
-    Ok(())
+    Ok(child.wait()?.success())
 }
 
 /// Whether a program of this name is on the path.

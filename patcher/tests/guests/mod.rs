@@ -1,17 +1,20 @@
 //! A stopped guest that can be changed: a dump with pages written over, and an arena slot. The folder of
-//! dumps is named by `VMPATCH_DUMPS`, the folder of patches built for them by `VMPATCH_SAMPLES`; without
-//! them such tests are skipped, loudly.
+//! dumps is named by `VMPATCH_DUMPS`, the folder of samples by `VMPATCH_SAMPLES`: for each a folder with the
+//! pair of objects (`old.o`, `new.o`) that a patch for Debian's 6.12 cloud kernel is built from. Without them
+//! such tests are skipped, loudly; `cargo xtask test` makes both.
 #![allow(dead_code, reason = "each test uses its own part")]
-#![allow(clippy::unwrap_used, reason = "only tests use it")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "only tests use it")]
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Dump, Gpa, GpaRange, Kernel, PhysicalMemory};
 use vmpatch_patcher::arena::ArenaWrite;
+use vmpatch_patcher::build::{BuildOptions, build};
 use vmpatch_patcher::patch::file::PatchFile;
 
 /// Where the slot lies: above any RAM of a dump.
@@ -28,14 +31,32 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Every dump of a kernel of that release, with its name.
-    pub(crate) fn all(release: &str) -> Vec<(String, Self)> {
-        let mut guests = Self::every();
-        guests.retain(|(_, guest)| guest.kernel.identity.release == release);
+    /// Every dump of Debian's cloud kernel of that version (`"6.12"`), with its name. Which update of it
+    /// does not matter: dumps and objects are made of the same package.
+    ///
+    /// # Panics
+    /// There are dumps, but none of that kernel.
+    pub(crate) fn all(version: &str) -> Vec<(String, Self)> {
+        let every = Self::every();
+        let there_are_dumps = !every.is_empty();
+        let wanted = |guest: &Self| {
+            let release = &guest.kernel.identity.release;
+            release.starts_with(&format!("{version}.")) && release.ends_with("-cloud-amd64")
+        };
+        let guests: Vec<_> = (every.into_iter())
+            .filter(|(_, guest)| wanted(guest))
+            .collect();
+        assert!(
+            !there_are_dumps || !guests.is_empty(),
+            "VMPATCH_DUMPS holds no dump of Debian's {version} cloud kernel"
+        );
         guests
     }
 
     /// Every dump, with its name.
+    ///
+    /// # Panics
+    /// The folder holds none.
     pub(crate) fn every() -> Vec<(String, Self)> {
         let Some(folder) = folder() else {
             return Vec::new();
@@ -46,6 +67,7 @@ impl Guest {
             .filter(|path| path.join("ram.bin").exists())
             .collect();
         paths.sort();
+        assert!(!paths.is_empty(), "VMPATCH_DUMPS holds no dump");
         let named = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().into_owned();
         paths
             .iter()
@@ -147,20 +169,31 @@ fn folder() -> Option<PathBuf> {
 }
 
 /// Every sample patch, by name.
-pub(crate) fn samples() -> Vec<PatchFile> {
+pub(crate) fn samples() -> &'static [PatchFile] {
+    static SAMPLES: OnceLock<Vec<PatchFile>> = OnceLock::new();
     let Some(folder) = std::env::var_os("VMPATCH_SAMPLES") else {
-        eprintln!("SKIPPED: VMPATCH_SAMPLES names no folder of patches; nothing was linked");
-        return Vec::new();
+        eprintln!("SKIPPED: VMPATCH_SAMPLES names no folder of samples; nothing was linked");
+        return &[];
     };
-    let mut paths: Vec<_> = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|it| it == "vmpatch"))
-        .collect();
-    paths.sort();
-    assert!(!paths.is_empty(), "VMPATCH_SAMPLES holds no patch");
-    paths
-        .iter()
-        .map(|path| PatchFile::open(path).unwrap())
-        .collect()
+    SAMPLES.get_or_init(|| all_samples(Path::new(&folder)))
+}
+
+fn all_samples(folder: &Path) -> Vec<PatchFile> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut pairs: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    pairs.sort();
+    assert!(!pairs.is_empty(), "VMPATCH_SAMPLES holds no sample");
+    pairs.iter().map(|pair| sample(pair)).collect()
+}
+
+fn sample(pair: &Path) -> PatchFile {
+    let name = pair.file_name().unwrap().to_string_lossy().into_owned();
+    let object = |file| std::fs::read(pair.join(file)).unwrap();
+    let options = BuildOptions {
+        name: name.clone(),
+        ..BuildOptions::default()
+    };
+    let (patch, _) = build(&object("old.o"), &object("new.o"), &options)
+        .unwrap_or_else(|why| panic!("{name}: {why}"));
+    PatchFile::new(patch).unwrap()
 }

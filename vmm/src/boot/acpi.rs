@@ -357,7 +357,7 @@ mod tests {
     #[test]
     fn iasl_reads_every_table_without_complaint() {
         if Command::new("iasl").arg("-v").output().is_err() {
-            return eprintln!("skipped: iasl (package acpica-tools) is not installed");
+            return eprintln!("SKIPPED: iasl (package acpica-tools) is not installed");
         }
         let memory = memory();
         let rsdp = write(&memory, 2).unwrap();

@@ -10,9 +10,9 @@ use clap::Args;
 
 use super::setup;
 use crate::manifest::Manifest;
-use crate::tally::Tally;
+use crate::tally::{Reader, Tally};
 use crate::workbench::{PATCHES, Workbench, build_test};
-use crate::{dumps, images, paths, progress, run};
+use crate::{comparisons, images, paths, progress, run};
 
 /// Guests and which end-to-end tests each goes through: all of them, or those whose names hold one of these.
 const SUITES: [(&str, &[&str]); 3] = [
@@ -29,6 +29,9 @@ pub(crate) struct TestArgs {
     /// End-to-end tests only
     #[arg(long)]
     e2e: bool,
+    /// The crates' own tests only
+    #[arg(long, conflicts_with_all = ["e2e", "all", "guest", "filter"])]
+    unit: bool,
     /// Guests too whose kernels must be built first (some minutes each, once)
     #[arg(long)]
     all: bool,
@@ -39,18 +42,16 @@ pub(crate) struct TestArgs {
     filter: Vec<String>,
 }
 
-/// Runs the tests; the last line tells the end-to-end tests' count.
+/// Runs the tests; the last line tells how many ended how.
 pub(crate) fn run(args: &TestArgs) -> Result<i32> {
     let manifest = setup::tools()?;
+    let mut tally = Tally::default();
     if !args.e2e {
-        let dumps = dumps::make(&manifest)?;
-        progress::note("unit tests");
-        run::shown(
-            Command::new("cargo")
-                .args(["test", "--workspace", "--locked"])
-                .env("VMPATCH_DUMPS", dumps)
-                .current_dir(paths::repo()),
-        )?;
+        tally = unit_tests(&manifest)?;
+    }
+    if args.unit {
+        println!("{tally}");
+        return Ok(0);
     }
     let (suites, left_out) = suites(args, &manifest)?;
     // A patch for another kernel must be refused, so both distributions' objects are needed.
@@ -78,7 +79,30 @@ pub(crate) fn run(args: &TestArgs) -> Result<i32> {
         ));
     }
     bench.run(vec!["/bin/sh".to_owned(), "-c".to_owned(), script], LIMIT)?;
-    report(&bench, suites.len(), skipped(&program, &left_out)?)
+    tally.skipped += skipped(&program, &left_out)?;
+    report(&bench, suites.len(), tally)
+}
+
+/// Runs the crates' own tests, with real kernels to compare with.
+fn unit_tests(manifest: &Manifest) -> Result<Tally> {
+    let variables = comparisons::prepare(manifest)?;
+    progress::note("unit tests");
+    let mut reader = Reader::default();
+    let succeeded = run::lines(
+        Command::new("cargo")
+            .args(["test", "--workspace", "--locked", "--no-fail-fast"])
+            .args(["--", "--show-output"])
+            .envs(variables)
+            .current_dir(paths::repo()),
+        |line| {
+            if let Some(shown) = reader.take(line) {
+                println!("{shown}");
+            }
+        },
+    )?;
+    ensure!(succeeded, "unit tests: {}", reader.tally);
+    progress::note(&format!("unit tests: {}", reader.tally));
+    Ok(reader.tally)
 }
 
 type Suite = (&'static str, &'static [&'static str]);
@@ -116,19 +140,20 @@ fn skipped(program: &Path, left_out: &[Suite]) -> Result<u32> {
     Ok(count)
 }
 
-fn report(bench: &Workbench, suites: usize, skipped: u32) -> Result<i32> {
+/// Adds the end-to-end tests to `tally` and prints it.
+fn report(bench: &Workbench, suites: usize, mut tally: Tally) -> Result<i32> {
     let log = bench.out().join("e2e.log");
-    let mut tally = Tally::of(
+    let e2e = Tally::of(
         &fs::read_to_string(&log).with_context(|| format!("cannot read {}", log.display()))?,
     );
-    tally.skipped += skipped;
-    let whole = usize::try_from(tally.finished).is_ok_and(|n| n == suites);
+    let whole = usize::try_from(e2e.finished).is_ok_and(|n| n == suites);
     if !whole {
         progress::warn(&format!(
             "{} of {suites} test programs came to their end",
-            tally.finished
+            e2e.finished
         ));
     }
+    tally += e2e;
     println!("{tally}");
-    Ok(i32::from(tally.failed > 0 || tally.passed == 0 || !whole))
+    Ok(i32::from(e2e.failed > 0 || e2e.passed == 0 || !whole))
 }
