@@ -1,7 +1,8 @@
 //! This machine's package manager: tools installed, guest packages fetched. Names no archive; that is the machine's own
 //! configuration. Does not know what the packages are for.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Once;
 
@@ -79,6 +80,104 @@ pub(crate) fn download(package: &str, version: &str, dir: &Path) -> Result<()> {
         .with_context(|| format!("cannot fetch {spec} from this machine's package archive"))
 }
 
+/// The backports of this machine's distribution, read beside the machine's own configuration, which stays as it is.
+#[derive(Debug)]
+pub(crate) struct Backports {
+    options: Vec<String>,
+}
+
+impl Backports {
+    /// Reads their package lists into `dir`.
+    pub(crate) fn of_this_machine(dir: &Path) -> Result<Self> {
+        for sub in ["lists/partial", "archives/partial"] {
+            let path = dir.join(sub);
+            fs::create_dir_all(&path)
+                .with_context(|| format!("cannot create {}", path.display()))?;
+        }
+        let sources = dir.join("sources.list");
+        fs::write(
+            &sources,
+            source_line(&indexes()?, Path::new(KEYRING).exists())?,
+        )
+        .with_context(|| format!("cannot write {}", sources.display()))?;
+        let option = |name: &str, at: &str| {
+            [
+                "-o".to_owned(),
+                format!("{name}={}", dir.join(at).display()),
+            ]
+        };
+        let options = [
+            option("Dir::Etc::sourcelist", "sources.list"),
+            option("Dir::Etc::sourceparts", "none"),
+            option("Dir::State::lists", "lists"),
+            option("Dir::Cache", ""),
+        ];
+        let archive = Self {
+            options: options.concat(),
+        };
+        run::quiet(archive.apt_get().args(["update", "-q"]))
+            .context("cannot read the list of backports")?;
+        Ok(archive)
+    }
+
+    fn apt_get(&self) -> Command {
+        let mut command = Command::new("apt-get");
+        command.args(&self.options);
+        command
+    }
+
+    /// Fetches one package file of exactly this version into `dir`, which is empty.
+    pub(crate) fn download(&self, package: &str, version: &str, dir: &Path) -> Result<PathBuf> {
+        let spec = format!("{package}={version}");
+        run::quiet(
+            self.apt_get()
+                .args(["download", "-q", &spec])
+                .current_dir(dir),
+        )
+        .with_context(|| format!("cannot fetch {spec} from the backports"))?;
+        let mut files =
+            fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
+        let file = files
+            .next()
+            .with_context(|| format!("{spec} was fetched but is not there"))?;
+        Ok(file?.path())
+    }
+}
+
+/// The signing keys that Debian installs.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// What this machine's package manager reads: release, code name and address of each index.
+fn indexes() -> Result<String> {
+    let format = "$(ORIGIN) $(RELEASE) $(CODENAME) $(REPO_URI)";
+    run::stdout(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        format,
+        "Created-By: Packages",
+    ]))
+}
+
+/// The source of the backports: beside the main suite of the distribution, which is the one named like the code name.
+fn source_line(indexes: &str, keyring: bool) -> Result<String> {
+    let address = |line: &str| {
+        let [origin, release, code, address] =
+            line.split(' ').collect::<Vec<_>>().try_into().ok()?;
+        let main = !code.contains('-')
+            && (release == code || release == "stable" || release == "oldstable");
+        (origin == "Debian" && main).then(|| (code.to_owned(), address.to_owned()))
+    };
+    let (code, address) = indexes
+        .lines()
+        .find_map(address)
+        .context("this machine's package manager reads no main suite of Debian")?;
+    let signed = match keyring {
+        true => format!("[signed-by={KEYRING}] "),
+        false => String::new(),
+    };
+    Ok(format!("deb {signed}{address} {code}-backports main\n"))
+}
+
 /// Package names that match an extended regular expression.
 pub(crate) fn names(pattern: &str) -> Result<Vec<String>> {
     let text = run::stdout(Command::new("apt-cache").args(["search", "--names-only", pattern]))?;
@@ -113,4 +212,21 @@ fn update() -> Result<()> {
         result = run::quiet(Command::new("apt-get").args(["update", "-q"])).map(drop);
     });
     result.context("cannot read the package lists (run as root, with the network up)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backports_lie_beside_the_main_suite() {
+        let indexes = "Vendor vendor-bookworm vendor-bookworm http://vendor.invalid/apt/\n\
+            Debian bookworm-updates bookworm-updates http://archive.invalid/updates/\n\
+            Debian bookworm bookworm http://archive.invalid/debian/\n";
+        assert_eq!(
+            source_line(indexes, false).unwrap(),
+            "deb http://archive.invalid/debian/ bookworm-backports main\n"
+        );
+        assert!(source_line("Vendor a a http://vendor.invalid/\n", true).is_err());
+    }
 }

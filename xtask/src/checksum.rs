@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
 /// Digest of a whole file, read in pieces.
@@ -22,6 +22,17 @@ pub(crate) fn of_file(path: &Path) -> Result<String> {
         }
         hasher.update(&piece[..n]);
     }
+}
+
+/// Refuses a file with another digest than `expected`.
+pub(crate) fn demand(path: &Path, expected: &str) -> Result<()> {
+    let found = of_file(path)?;
+    ensure!(
+        found == expected,
+        "{} has SHA-256 {found}, the manifest says {expected}: remove it and try again",
+        path.display()
+    );
+    Ok(())
 }
 
 /// Digest of several byte strings, each preceded by its length so that boundaries count.

@@ -7,6 +7,7 @@ mod comparisons;
 mod cpio;
 mod dependencies;
 mod dumps;
+mod emulator;
 mod host;
 mod images;
 mod inside;

@@ -20,8 +20,42 @@ pub(crate) struct Manifest {
     /// Kernels built here.
     #[serde(rename = "lean")]
     pub leans: Vec<Lean>,
+    /// What emulates machines.
+    pub emulator: Emulator,
     /// The stand-in for hardware virtualisation.
     pub test_host: TestHost,
+}
+
+/// A QEMU new enough, and where a newer one is had on a system whose own is not.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(crate) struct Emulator {
+    /// The oldest that will do: "8.1".
+    pub at_least: String,
+    /// Version of its packages in the backports of this system's distribution.
+    pub version: String,
+    /// Its packages.
+    #[serde(rename = "package")]
+    pub packages: Vec<EmulatorPackage>,
+}
+
+/// One package of the emulator.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct EmulatorPackage {
+    /// Its name.
+    pub name: String,
+    /// Its version, where that is not the emulator's.
+    pub version: Option<String>,
+    /// Digest of the package file.
+    pub sha256: String,
+}
+
+impl Emulator {
+    /// The version of one of its packages.
+    pub(crate) fn version_of(&self, package: &EmulatorPackage) -> String {
+        package.version.as_ref().unwrap_or(&self.version).clone()
+    }
 }
 
 /// One package of this machine, with what shows that it is installed.

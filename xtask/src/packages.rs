@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::manifest::{Guest, Package};
 use crate::publish::Staging;
@@ -143,15 +143,8 @@ fn find(dir: &Path, name: &str, version: &str) -> Result<Option<PathBuf>> {
 }
 
 fn verified(deb: PathBuf, package: &Package) -> Result<PathBuf> {
-    let Some(expected) = &package.sha256 else {
-        return Ok(deb);
-    };
-    let found = checksum::of_file(&deb)?;
-    if &found != expected {
-        bail!(
-            "{} has SHA-256 {found}, the manifest says {expected}: remove it and try again",
-            deb.display()
-        );
+    if let Some(expected) = &package.sha256 {
+        checksum::demand(&deb, expected)?;
     }
     Ok(deb)
 }

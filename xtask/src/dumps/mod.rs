@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::emulator::{Emulator, Reaped};
 use crate::manifest::Manifest;
 use crate::publish::Staging;
 use crate::{checksum, images, packages, paths, progress};
@@ -90,7 +91,12 @@ fn one(manifest: &Manifest, wanted: &Wanted, root: &Path) -> Result<()> {
         staging.dir().join("initrd"),
         ramdisk::archive(&guest, &tree, &init)?,
     )?;
-    take(staging.dir(), &image.dir.join("vmlinuz"), wanted.cmdline)?;
+    take(
+        &Emulator::find(manifest)?,
+        staging.dir(),
+        &image.dir.join("vmlinuz"),
+        wanted.cmdline,
+    )?;
     split_answers(staging.dir())?;
     fs::remove_file(staging.dir().join("initrd"))?;
     fs::write(staging.dir().join("stamp"), stamp)?;
@@ -99,19 +105,9 @@ fn one(manifest: &Manifest, wanted: &Wanted, root: &Path) -> Result<()> {
     Ok(())
 }
 
-struct Reaped(Child);
-
-impl Drop for Reaped {
-    fn drop(&mut self) {
-        // Gone already in the ordinary case.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Boots, waits for the guest's last answer, stops it and keeps its memory and registers.
-fn take(dir: &Path, kernel: &Path, cmdline: &str) -> Result<()> {
-    let mut qemu = Reaped(start(dir, kernel, cmdline)?);
+fn take(emulator: &Emulator, dir: &Path, kernel: &Path, cmdline: &str) -> Result<()> {
+    let mut qemu = Reaped(start(emulator, dir, kernel, cmdline)?);
     wait_for_end(&mut qemu, &dir.join("answers"))?;
     // The guest's shell is on its way to sleep.
     thread::sleep(Duration::from_millis(150));
@@ -136,28 +132,10 @@ fn take(dir: &Path, kernel: &Path, cmdline: &str) -> Result<()> {
     Ok(())
 }
 
-fn start(dir: &Path, kernel: &Path, cmdline: &str) -> Result<Child> {
-    Command::new("setpriv")
-        .args([
-            "--pdeathsig",
-            "KILL",
-            "qemu-system-x86_64",
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-        ])
-        .args([
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max",
-            "-smp",
-            "2",
-            "-m",
-            MEMORY,
-        ])
+fn start(emulator: &Emulator, dir: &Path, kernel: &Path, cmdline: &str) -> Result<Child> {
+    emulator
+        .command()
+        .args(["-cpu", "max", "-smp", "2", "-m", MEMORY])
         .args([
             "-object",
             &format!("memory-backend-file,id=ram,size={MEMORY},mem-path=ram.live,share=on"),
@@ -180,10 +158,9 @@ fn start(dir: &Path, kernel: &Path, cmdline: &str) -> Result<Child> {
         .arg(kernel)
         .args(["-append", &format!("console=ttyS0 panic=-1 {cmdline}")])
         .current_dir(dir)
-        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .spawn()
-        .context("cannot start qemu-system-x86_64")
+        .context("cannot start QEMU")
 }
 
 fn wait_for_end(qemu: &mut Reaped, answers: &Path) -> Result<()> {

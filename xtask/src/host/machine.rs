@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use super::ramdisk::{self, Boot};
 use super::{Job, clear, wait, write_script};
+use crate::emulator::{Emulator, Reaped};
 use crate::manifest::Manifest;
 
 /// RAM of the test host. Guests of up to 1 GiB, several at once, fit beside the caches.
@@ -17,26 +18,14 @@ const MEMORY: &str = "4G";
 /// Virtual CPUs: as many as the smallest machine that this must run on has cores.
 const CPUS: &str = "2";
 
-/// Both the daemon and QEMU die with this process (`setpriv --pdeathsig`), Ctrl-C and SIGKILL included.
-struct Reaped(Child);
-
-impl Drop for Reaped {
-    fn drop(&mut self) {
-        // Gone already in the ordinary case.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Runs the job in the machine and returns its exit code.
 pub(super) fn run(manifest: &Manifest, job: &Job) -> Result<i32> {
     let boot = ramdisk::make(manifest)?;
-    let own = std::env::current_exe().context("cannot find this program")?;
-    write_script(job, Some(&own))?;
+    write_script(job)?;
     clear(&job.out, "exit")?;
     let sockets = SocketDir::create()?;
     let _daemon = daemon(&sockets.path)?;
-    let mut qemu = qemu(&boot, &sockets.path, job)?;
+    let mut qemu = qemu(&Emulator::find(manifest)?, &boot, &sockets.path, job)?;
     let output = qemu
         .0
         .stdout
@@ -59,13 +48,25 @@ fn exit_code(job: &Job) -> Result<i32> {
     let text = fs::read_to_string(job.out.join("exit")).unwrap_or_default();
     text.trim().parse().ok().with_context(|| {
         let log = fs::read(console(job)).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log).into_owned();
-        let lines: Vec<&str> = log.lines().collect();
         format!(
-            "the test host ended without a result; its last words:\n{}",
-            lines[lines.len().saturating_sub(12)..].join("\n")
+            "the test host ended without a result; its console ({}) tells:\n{}",
+            console(job).display(),
+            last_words(&String::from_utf8_lossy(&log))
         )
     })
+}
+
+/// What a console shows of a kernel's end: from the first sign of trouble, or the last lines where there is none.
+fn last_words(console: &str) -> String {
+    const SIGNS: [&str; 4] = ["BUG:", "Oops", "general protection", "Kernel panic"];
+    const MOST: usize = 40;
+    let lines: Vec<&str> = console.lines().collect();
+    let trouble = lines
+        .iter()
+        .position(|line| SIGNS.iter().any(|sign| line.contains(sign)));
+    let from = trouble.unwrap_or(lines.len().saturating_sub(12));
+    let shown: Vec<&str> = lines.into_iter().skip(from).take(MOST).collect();
+    shown.join("\n")
 }
 
 fn console(job: &Job) -> PathBuf {
@@ -118,32 +119,14 @@ fn daemon(sockets: &Path) -> Result<Reaped> {
     Ok(daemon)
 }
 
-fn qemu(boot: &Boot, sockets: &Path, job: &Job) -> Result<Reaped> {
+fn qemu(emulator: &Emulator, boot: &Boot, sockets: &Path, job: &Job) -> Result<Reaped> {
     let append = format!(
         "console=ttyS0 tsc=reliable quiet panic=-1 vmpatch.out={}",
         job.out.display()
     );
-    let child = Command::new("setpriv")
-        .args([
-            "--pdeathsig",
-            "KILL",
-            "qemu-system-x86_64",
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-        ])
-        .args([
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max,+svm,+npt",
-            "-smp",
-            CPUS,
-            "-m",
-            MEMORY,
-        ])
+    let child = emulator
+        .command()
+        .args(["-cpu", "max,+svm,+npt", "-smp", CPUS, "-m", MEMORY])
         .args([
             "-object",
             &format!("memory-backend-memfd,id=ram,size={MEMORY},share=on"),
@@ -168,10 +151,9 @@ fn qemu(boot: &Boot, sockets: &Path, job: &Job) -> Result<Reaped> {
         .arg("-initrd")
         .arg(&boot.initrd)
         .args(["-append", &append])
-        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
-        .context("cannot start qemu-system-x86_64")?;
+        .context("cannot start QEMU")?;
     Ok(Reaped(child))
 }
 
@@ -206,5 +188,20 @@ impl SocketDir {
 impl Drop for SocketDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_kernel_is_shown_from_its_cause() {
+        let mut console = "fine\n".repeat(30);
+        assert_eq!(last_words(&console).lines().count(), 12);
+        console.push_str(
+            "Oops: int3: 0000 [#1]\nRIP: finish_task_switch\nKernel panic - not syncing\n",
+        );
+        assert!(last_words(&console).starts_with("Oops: int3"));
     }
 }

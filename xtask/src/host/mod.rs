@@ -88,7 +88,7 @@ pub(crate) fn run(manifest: &Manifest, job: &Job) -> Result<i32> {
 }
 
 fn direct(job: &Job) -> Result<i32> {
-    let script = write_script(job, None)?;
+    let script = write_script(job)?;
     let mut child = Command::new("setpriv")
         .args(["--pdeathsig", "KILL"])
         // Guests that the command leaves behind end with it.
@@ -108,15 +108,11 @@ fn direct(job: &Job) -> Result<i32> {
     Ok(status.and_then(|s| s.code()).unwrap_or(124))
 }
 
-/// The job as a shell script in its output folder, with `holder` beside it.
-fn write_script(job: &Job, holder: Option<&Path>) -> Result<PathBuf> {
+/// The job as a shell script in its output folder.
+fn write_script(job: &Job) -> Result<PathBuf> {
     let mut text = String::from("#!/bin/sh\n");
     for (name, value) in &job.env {
         text.push_str(&format!("export {name}={}\n", quoted(value)));
-    }
-    if let Some(program) = holder {
-        let program = quoted(&program.to_string_lossy());
-        text.push_str(&format!("{program} inside hold-kvm &\n"));
     }
     text.push_str(&format!(
         "cd {} || exit 126\nexec",
@@ -185,7 +181,7 @@ mod tests {
             out: dir.path().into(),
             limit: Duration::from_secs(5),
         };
-        let script = write_script(&job, Some(Path::new("/bin/true"))).unwrap();
+        let script = write_script(&job).unwrap();
         let output = Command::new("sh").arg(script).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), "it's one|$HOME|");
     }

@@ -2,14 +2,13 @@
 //! everything prepared; they find it by the variables of [`crate::workbench`].
 
 mod demo;
-mod hold;
 mod soak;
 pub(crate) mod stats;
 
 use anyhow::Result;
 use clap::Subcommand;
 
-/// The drivers, and what the test host itself needs.
+/// The drivers.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Inside {
     /// Patch and roll back once, for people to watch
@@ -17,8 +16,6 @@ pub(crate) enum Inside {
         /// The guest
         guest: String,
     },
-    /// Keep one VM open
-    HoldKvm,
     /// Patch and roll back many times
     Soak {
         /// The guest
@@ -32,7 +29,6 @@ pub(crate) enum Inside {
 pub(crate) fn run(inside: &Inside) -> Result<i32> {
     match inside {
         Inside::Demo { guest } => demo::run(guest),
-        Inside::HoldKvm => hold::run(),
         Inside::Soak { guest, cycles } => soak::run(guest, *cycles),
     }
 }
