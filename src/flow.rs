@@ -20,7 +20,6 @@ use vmpatch_patcher::journal::Intent;
 use vmpatch_patcher::link::Plan;
 use vmpatch_patcher::link::live::Guest;
 use vmpatch_patcher::patch::file::PatchFile;
-use vmpatch_patcher::quiescence::Witness;
 use vmpatch_patcher::rollback;
 use vmpatch_patcher::status::Ledger;
 use vmpatch_patcher::verify::{Verified, verify};
@@ -69,8 +68,9 @@ pub(crate) fn check(
     let live = attach(id, watch)?;
     let (verified, _ledger) = fit(&parsed, &live, watch)?;
     let change = Change::apply(&verified, live.vm())?;
-    let tables = Tables::load(&live)?;
+    let mut tables = Tables::load(&live)?;
     let attempted = Schedule::until(timeout).run(watch, || {
+        tables.refresh(&live);
         rehearse(
             &change,
             live.vm(),
@@ -137,7 +137,7 @@ fn switch(
     let record = change.patch().clone();
     let tables = Tables::load(live)?;
     let intent = ledger.begin(change, watch)?;
-    let attempted = attempt(&intent, live, &tables.witness(live), timeout);
+    let attempted = attempt(&intent, live, tables, timeout);
     let attempted = intent.conclude(live.vm(), attempted)?;
     Ok(Changed { record, attempted })
 }
@@ -146,13 +146,14 @@ fn switch(
 fn attempt(
     intent: &Intent<'_>,
     live: &Live,
-    witness: &dyn Witness,
+    mut tables: Tables,
     timeout: Duration,
 ) -> Result<Attempted, Unapplied> {
     let placed = intent.place(live.vm())?;
     Schedule::until(timeout).run(intent.observer(), || {
+        tables.refresh(live);
         let stopped = placed.stop(StopRequest::default())?;
-        let quiet = stopped.check_stacks(witness)?;
+        let quiet = stopped.check_stacks(&tables.witness(live))?;
         let written = quiet.write()?;
         Ok::<_, Attempt>(written.resume()?)
     })

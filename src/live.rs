@@ -6,8 +6,8 @@ use std::time::Duration;
 use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{GpaRange, Kernel, Target, Vcpu};
-use vmpatch_patcher::quiescence::LiveKernel;
+use vmpatch_introspect::{AttachError, GpaRange, Kernel, Roots, Target, Vcpu};
+use vmpatch_patcher::quiescence::{LiveKernel, Witness};
 use vmpatch_vmm::client::{self, KvmTarget};
 
 use crate::exit::Failure;
@@ -15,9 +15,6 @@ use crate::exit::Failure;
 /// How often a stop is tried, and how long the guest runs in between.
 const STOP_TRIES: u32 = 20;
 const STOP_PAUSE: Duration = Duration::from_millis(50);
-
-/// How often the kernel is looked for.
-const FIND_TRIES: u32 = 5;
 
 /// Connects to a running VM.
 pub(crate) fn connect(id: &str) -> Result<KvmTarget, Failure> {
@@ -31,12 +28,17 @@ fn folder(id: &str) -> Result<PathBuf, Failure> {
 
 /// Registers of every vCPU, by a stop as short as can be.
 pub(crate) fn registers(vm: &dyn Target) -> Result<Vec<Vcpu>, Failure> {
+    Ok(at_one_moment(vm)?.0)
+}
+
+fn at_one_moment(vm: &dyn Target) -> Result<(Vec<Vcpu>, Roots), Failure> {
     let stopped = patient_stop(vm)?;
     let vcpus = stopped.vcpus().to_vec();
+    let roots = Roots::copy(stopped.memory(), &vcpus);
     stopped
         .resume()
         .map_err(|error| Failure::Unreachable(error.to_string()))?;
-    Ok(vcpus)
+    Ok((vcpus, roots))
 }
 
 /// A stop that nothing is written in. One vCPU that is late, as on a host with more to do than it has cores, is no reason to give
@@ -51,15 +53,10 @@ pub(crate) fn patient_stop(vm: &dyn Target) -> Result<Box<dyn StoppedTarget + '_
     vm.stop(StopRequest::default())
 }
 
-/// Finds the kernel, starting from page tables that a vCPU uses. While the guest runs on they can be those of a process that has
-/// ended meanwhile, its memory used for something else; then the search is begun anew with what the vCPUs use by then.
+/// Finds the kernel while the guest runs on, by way of the page tables that its vCPUs used at one moment.
 fn find_kernel(vm: &dyn Target) -> Result<Kernel, Failure> {
-    for _ in 1..FIND_TRIES {
-        if let Ok(kernel) = Kernel::attach(vm, &registers(vm)?) {
-            return Ok(kernel);
-        }
-    }
-    Ok(Kernel::attach(vm, &registers(vm)?)?)
+    let (vcpus, roots) = at_one_moment(vm)?;
+    Ok(Kernel::attach(&roots.over(vm), &vcpus)?)
 }
 
 /// A VM with the kernel found in it.
@@ -115,8 +112,19 @@ pub(crate) struct Tables(Unwinder);
 impl Tables {
     /// Copies them.
     pub(crate) fn load(live: &Live) -> Result<Self, Failure> {
-        let modules = live.modules()?;
-        Ok(Self(Unwinder::load(&live.kernel, live.vm(), &modules)?))
+        Ok(Self(load(live)?))
+    }
+
+    /// Makes ready for a stop that follows at once: tables of modules that have come or gone meanwhile, and every page that the
+    /// stop will look at in this program's own page tables and near its processor. What cannot be read now, while the guest
+    /// changes it, the stop itself will judge.
+    pub(crate) fn refresh(&mut self, live: &Live) {
+        if !matches!(self.0.is_current(&live.kernel, live.vm()), Ok(true))
+            && let Ok(newer) = load(live)
+        {
+            self.0 = newer;
+        }
+        drop(self.witness(live).stacks(live.vm(), &[]));
     }
 
     /// What the stack gate asks.
@@ -126,4 +134,9 @@ impl Tables {
             unwinder: &self.0,
         }
     }
+}
+
+fn load(live: &Live) -> Result<Unwinder, AttachError> {
+    let modules = live.kernel.modules(live.vm())?;
+    Unwinder::load(&live.kernel, live.vm(), &modules)
 }

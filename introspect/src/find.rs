@@ -19,6 +19,12 @@ const USER_HALF: u64 = 1 << 12;
 const CR0_PAGING: u64 = 1 << 31;
 const EFER_LONG_MODE_ACTIVE: u64 = 1 << 10;
 
+/// The top-level tables by which [`find`] may look at a vCPU's kernel: those in use and, under KPTI, its kernel half.
+pub(crate) const fn roots(vcpu: &Vcpu) -> [Gpa; 2] {
+    let root = AddressSpace::of_registers(vcpu.cr3, vcpu.cr4).root;
+    [root, Gpa(root.0 & !USER_HALF)]
+}
+
 /// What the vCPUs agree on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
@@ -219,6 +225,7 @@ fn kernel_half(
 mod tests {
     use super::*;
     use crate::address::GpaRange;
+    use crate::roots::Roots;
     use crate::target::MemoryError;
 
     /// RAM of 1 MiB with words set by hand.
@@ -304,6 +311,18 @@ mod tests {
     fn vcpus_in_user_mode_under_kpti_lead_to_the_kernel_half() {
         let vcpus = [vcpu(0, 0x3801), vcpu(1, 0x4002)];
         let found = find(&guest(), &vcpus).unwrap();
+        assert_eq!((found.page_fault, found.space.root), (HANDLER, Gpa(0x2000)));
+    }
+
+    /// Found on a guest with short-lived processes: an attach failed by a kernel address that was "not mapped".
+    #[test]
+    fn tables_that_are_used_for_something_else_meanwhile_are_seen_as_they_were() {
+        let vcpus = [vcpu(0, 0x3801), vcpu(1, 0x4002)];
+        let mut memory = guest();
+        let roots = Roots::copy(&memory, &vcpus);
+        memory.0[0x2000..0x6000].fill(0);
+        assert!(find(&memory, &vcpus).is_err());
+        let found = find(&roots.over(&memory), &vcpus).unwrap();
         assert_eq!((found.page_fault, found.space.root), (HANDLER, Gpa(0x2000)));
     }
 

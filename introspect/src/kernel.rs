@@ -6,8 +6,8 @@ use crate::find::{self, Found};
 use crate::identity::{self, Identity, Sources};
 use crate::image::{self, Region};
 pub use crate::layout::Layout;
-use crate::modules::Module;
 use crate::modules::read::{self, ModuleFields};
+use crate::modules::{Module, ModulePlace};
 use crate::paging::{KernelMemory, ReadError};
 use crate::patching::Signs;
 use crate::places::{Given, Lookup, Places};
@@ -197,25 +197,39 @@ impl Kernel {
     /// # Errors
     /// A list that leads out of memory or never ends.
     pub fn modules(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Module>, AttachError> {
+        self.module_list(|fields, head| read::all(&self.memory(physical), fields, head))
+    }
+
+    /// Where the code of every loaded module lies, in the order of [`modules`](Self::modules), but cheap
+    /// enough to be asked inside a stop.
+    ///
+    /// # Errors
+    /// As [`modules`](Self::modules).
+    pub fn module_places(
+        &self,
+        physical: &dyn PhysicalMemory,
+    ) -> Result<Vec<ModulePlace>, AttachError> {
+        self.module_list(|fields, head| read::places(&self.memory(physical), fields, head))
+    }
+
+    fn module_list<T>(
+        &self,
+        read: impl FnOnce(&ModuleFields, Gva) -> Result<Vec<T>, AttachError>,
+    ) -> Result<Vec<T>, AttachError> {
+        let unsupported = |why| AttachError::Unsupported {
+            what: "modules",
+            why,
+        };
         if self.places.is_ambiguous("modules") {
-            let why = "several lists look like that of modules".to_owned();
-            return Err(AttachError::Unsupported {
-                what: "modules",
-                why,
-            });
+            let why = "several lists look like that of modules";
+            return Err(unsupported(why.to_owned()));
         }
         // A kernel built without modules has no list, and an empty one is nowhere to be seen.
         let Ok(head) = self.place("modules") else {
             return Ok(Vec::new());
         };
-        let fields = self
-            .module_fields
-            .as_ref()
-            .map_err(|why| AttachError::Unsupported {
-                what: "modules",
-                why: why.to_string(),
-            })?;
-        read::all(&self.memory(physical), fields, head)
+        let fields = self.module_fields.as_ref();
+        read(fields.map_err(|why| unsupported(why.to_string()))?, head)
     }
 
     /// What tells of text changes in this kernel.

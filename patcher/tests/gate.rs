@@ -269,6 +269,14 @@ fn a_guest_that_rewrites_its_own_text_is_busy() {
 }
 
 #[test]
+fn a_guest_whose_modules_are_no_longer_those_of_the_unwind_tables_is_busy() {
+    let guest = ScriptedGuest::default();
+    guest.change_modules();
+    let found = busy(quiescence::examine(&guest, &machine(), &[], &ranges()));
+    assert_eq!(found.findings, [Finding::ModulesChanged]);
+}
+
+#[test]
 fn a_place_to_be_rewritten_outside_any_function_may_be_entered_only_at_its_first_byte() {
     let record = sample::verified(&sample::machine(), "a").record;
     let ranges = BusyRanges::new([].iter(), &record.sites);

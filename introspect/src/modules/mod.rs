@@ -40,6 +40,32 @@ pub struct Module {
     pub orc: Option<ModuleOrc>,
 }
 
+/// Where a module's code and unwind tables lie: all that unwinding through it rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModulePlace {
+    /// `struct module` itself.
+    pub at: Gva,
+    /// Core text; empty while the module is still being set up.
+    pub text: GvaRange,
+    /// Init text, where it has not been freed.
+    pub init_text: Option<GvaRange>,
+    /// Its unwind tables.
+    pub orc: Option<ModuleOrc>,
+}
+
+impl Module {
+    /// Where its code and unwind tables lie.
+    #[must_use]
+    pub const fn place(&self) -> ModulePlace {
+        ModulePlace {
+            at: self.at,
+            text: self.text,
+            init_text: self.init_text,
+            orc: self.orc,
+        }
+    }
+}
+
 /// Where a module's unwind tables lie (`mod->arch`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModuleOrc {

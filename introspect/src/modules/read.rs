@@ -2,7 +2,7 @@
 
 use crate::address::{Gva, GvaRange};
 use crate::kernel::AttachError;
-use crate::modules::{Module, ModuleOrc, ModuleState};
+use crate::modules::{Module, ModuleOrc, ModulePlace, ModuleState};
 use crate::paging::{KernelMemory, ReadError};
 use crate::symbols::Symbols;
 use crate::types::{TypeError, Types};
@@ -140,6 +140,32 @@ pub(crate) fn all(
     fields: &ModuleFields,
     head: Gva,
 ) -> Result<Vec<Module>, AttachError> {
+    each(memory, fields, head, |at| module(memory, fields, at))
+}
+
+/// Where the code of each lies, in the order of [`all`]; cheap enough to be asked inside a stop.
+///
+/// # Errors
+/// As [`all`].
+pub(crate) fn places(
+    memory: &KernelMemory<'_>,
+    fields: &ModuleFields,
+    head: Gva,
+) -> Result<Vec<ModulePlace>, AttachError> {
+    each(
+        memory,
+        fields,
+        head,
+        |at| Ok(head_of(memory, fields, at)?.1),
+    )
+}
+
+fn each<T>(
+    memory: &KernelMemory<'_>,
+    fields: &ModuleFields,
+    head: Gva,
+    read: impl Fn(Gva) -> Result<T, ReadError>,
+) -> Result<Vec<T>, AttachError> {
     let mut found = Vec::new();
     let mut at = memory.read_pointer(head)?;
     while at != head {
@@ -150,40 +176,53 @@ pub(crate) fn all(
                 why,
             });
         }
-        found.push(module(memory, fields, at.wrapping_sub(fields.list))?);
+        found.push(read(at.wrapping_sub(fields.list))?);
         at = memory.read_pointer(at)?;
     }
     Ok(found)
 }
 
 fn module(memory: &KernelMemory<'_>, fields: &ModuleFields, at: Gva) -> Result<Module, ReadError> {
+    let (state, place) = head_of(memory, fields, at)?;
+    Ok(Module {
+        at,
+        name: memory.read_string(at.wrapping_add(fields.name), NAME)?,
+        state,
+        text: place.text,
+        init_text: place.init_text,
+        symbols: if state == ModuleState::Unformed {
+            Symbols::default()
+        } else {
+            symbols(memory, fields, at)?
+        },
+        orc: place.orc,
+    })
+}
+
+/// State and place. Nothing of a module that is still being set up is looked at.
+fn head_of(
+    memory: &KernelMemory<'_>,
+    fields: &ModuleFields,
+    at: Gva,
+) -> Result<(ModuleState, ModulePlace), ReadError> {
     let state = match memory.read_u32(at.wrapping_add(fields.state))? {
         0 => ModuleState::Live,
         1 => ModuleState::Coming,
         2 => ModuleState::Going,
         _ => ModuleState::Unformed,
     };
-    let formed = state != ModuleState::Unformed;
-    let empty = GvaRange { start: at, end: at };
-    Ok(Module {
+    let mut place = ModulePlace {
         at,
-        name: memory.read_string(at.wrapping_add(fields.name), NAME)?,
-        state,
-        text: text(memory, at, fields.text.core)?
-            .filter(|_| formed)
-            .unwrap_or(empty),
-        init_text: text(memory, at, fields.text.init)?.filter(|_| formed),
-        symbols: if formed {
-            symbols(memory, fields, at)?
-        } else {
-            Symbols::default()
-        },
-        orc: if formed {
-            orc(memory, fields, at)?
-        } else {
-            None
-        },
-    })
+        text: GvaRange { start: at, end: at },
+        init_text: None,
+        orc: None,
+    };
+    if state != ModuleState::Unformed {
+        place.text = text(memory, at, fields.text.core)?.unwrap_or(place.text);
+        place.init_text = text(memory, at, fields.text.init)?;
+        place.orc = orc(memory, fields, at)?;
+    }
+    Ok((state, place))
 }
 
 /// Base and length, if there is any.

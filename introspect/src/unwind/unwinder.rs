@@ -3,7 +3,7 @@
 
 use crate::address::{Gva, GvaRange};
 use crate::kernel::{AttachError, Kernel};
-use crate::modules::{Module, ModuleOrc, ModuleState};
+use crate::modules::{Module, ModuleOrc, ModulePlace, ModuleState};
 use crate::paging::{KernelMemory, ReadError};
 use crate::stacks::cpu::StackPlaces;
 use crate::symbols::Symbols;
@@ -52,6 +52,8 @@ pub struct Unwinder {
     fork_return: Option<Gva>,
     places: StackPlaces,
     special: Special,
+    /// The modules it was made for.
+    modules: Vec<ModulePlace>,
 }
 
 /// Text with its table, if it has one.
@@ -62,7 +64,7 @@ struct Region {
 }
 
 impl Unwinder {
-    /// Copies the tables. Modules loaded later are unknown to it: their frames come out unreliable.
+    /// Copies the tables. Modules loaded later are unknown to it: [`is_current`](Self::is_current) tells.
     ///
     /// # Errors
     /// Tables in an unknown format.
@@ -80,6 +82,7 @@ impl Unwinder {
                 .iter()
                 .find_map(|name| symbols.unique(name).ok()),
             places: StackPlaces::find(kernel),
+            modules: modules.iter().map(Module::place).collect(),
             ..Self::default()
         };
         unwinder.special = Special::find(symbols, &memory, unwinder.entry_text);
@@ -92,6 +95,20 @@ impl Unwinder {
             unwinder.add_module(module, &memory);
         }
         Ok(unwinder)
+    }
+
+    /// Whether the guest still has the modules that the tables were copied for, each in its place. Where another
+    /// has taken the place of one, its frames would be followed by the wrong table. Cheap enough to be asked
+    /// inside a stop.
+    ///
+    /// # Errors
+    /// The module list cannot be read.
+    pub fn is_current(
+        &self,
+        kernel: &Kernel,
+        physical: &dyn PhysicalMemory,
+    ) -> Result<bool, AttachError> {
+        Ok(kernel.module_places(physical)? == self.modules)
     }
 
     /// An unwinder for one stretch of text with its ORC table: for text that is no kernel's.

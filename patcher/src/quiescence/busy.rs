@@ -101,6 +101,8 @@ pub enum Finding {
         /// What shows it.
         what: String,
     },
+    /// A module has been loaded or unloaded since the unwind tables were copied.
+    ModulesChanged,
 }
 
 /// How a task was found to stand in a function.
@@ -241,6 +243,9 @@ impl fmt::Display for Finding {
             Self::Elsewhere { vcpu, what } => write!(f, "vCPU {vcpu} {what}"),
             Self::TextPatching { what } => {
                 write!(f, "the guest is rewriting its own text: {what}")
+            }
+            Self::ModulesChanged => {
+                write!(f, "the guest has just loaded or unloaded a module")
             }
         }
     }

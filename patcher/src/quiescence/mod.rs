@@ -35,8 +35,8 @@ pub struct Examined {
     pub scanned: usize,
 }
 
-/// Examines a stopped guest: same boot, every vCPU in that kernel, no text patching in flight, nothing in
-/// the busy ranges.
+/// Examines a stopped guest: same boot, every vCPU in that kernel, no text patching in flight, the same modules,
+/// nothing in the busy ranges.
 ///
 /// # Errors
 /// [`NotQuiet`].
@@ -52,6 +52,9 @@ pub fn examine(
     let mut busy = foreign_vcpus(witness, vcpus);
     if let Some(what) = witness.text_patching(memory)? {
         busy.add(Finding::TextPatching { what });
+    }
+    if !witness.same_modules(memory)? {
+        busy.add(Finding::ModulesChanged);
     }
     if !busy.is_empty() {
         return Err(NotQuiet::Busy(busy));

@@ -22,6 +22,13 @@ pub trait Witness {
     /// [`AttachError`]: it cannot be told.
     fn text_patching(&self, memory: &dyn PhysicalMemory) -> Result<Option<String>, AttachError>;
 
+    /// Whether the unwind tables are still those of the modules that are loaded: by the table of a module that is
+    /// gone, a frame of the one in its place would be followed wrongly and yet called reliable.
+    ///
+    /// # Errors
+    /// [`AttachError`]: it cannot be told.
+    fn same_modules(&self, memory: &dyn PhysicalMemory) -> Result<bool, AttachError>;
+
     /// Every stack there is: of listed, idle and exiting tasks, and of vCPUs that match none of them.
     ///
     /// # Errors
@@ -61,6 +68,10 @@ impl Witness for LiveKernel<'_> {
 
     fn text_patching(&self, memory: &dyn PhysicalMemory) -> Result<Option<String>, AttachError> {
         self.kernel.text_patching(memory)
+    }
+
+    fn same_modules(&self, memory: &dyn PhysicalMemory) -> Result<bool, AttachError> {
+        self.unwinder.is_current(self.kernel, memory)
     }
 
     fn stacks(

@@ -22,6 +22,7 @@ pub struct ScriptedGuest {
     owns_vcpus: Cell<bool>,
     patching: RefCell<Option<String>>,
     unreadable: Cell<bool>,
+    same_modules: Cell<bool>,
 }
 
 impl Default for ScriptedGuest {
@@ -46,6 +47,7 @@ impl ScriptedGuest {
             owns_vcpus: Cell::new(true),
             patching: RefCell::default(),
             unreadable: Cell::new(false),
+            same_modules: Cell::new(true),
         }
     }
 
@@ -62,6 +64,11 @@ impl ScriptedGuest {
     /// It is rewriting its own text.
     pub fn patch_text(&self, what: &str) {
         *self.patching.borrow_mut() = Some(what.to_owned());
+    }
+
+    /// It has loaded or unloaded a module since it was looked at.
+    pub fn change_modules(&self) {
+        self.same_modules.set(false);
     }
 
     /// Its task list leads nowhere.
@@ -86,6 +93,10 @@ impl Witness for ScriptedGuest {
 
     fn text_patching(&self, _memory: &dyn PhysicalMemory) -> Result<Option<String>, AttachError> {
         Ok(self.patching.borrow().clone())
+    }
+
+    fn same_modules(&self, _memory: &dyn PhysicalMemory) -> Result<bool, AttachError> {
+        Ok(self.same_modules.get())
     }
 
     fn stacks(
