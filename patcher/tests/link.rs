@@ -7,12 +7,13 @@ mod guests;
 
 use guests::{Guest, samples};
 use iced_x86::{Decoder, DecoderOptions};
-use vmpatch_introspect::Gva;
 use vmpatch_introspect::target::Edit;
+use vmpatch_introspect::{Gpa, Gva, PhysicalMemory};
 use vmpatch_patcher::arena::window::WINDOW_START;
 use vmpatch_patcher::arena::{Arena, ArenaError, PatchState};
 use vmpatch_patcher::link::ownership::OwnershipError;
 use vmpatch_patcher::link::region::RegionError;
+use vmpatch_patcher::link::tracing::{self, TracingError};
 use vmpatch_patcher::link::{self, LinkError, Live, Plan};
 use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::verify::locate::LocateError;
@@ -292,4 +293,106 @@ fn every_kernel_tells_what_its_boot_decided_and_leaves_the_window_free() {
         let arena = Arena::open(&guest.kernel, &guest, guest.slot()).unwrap();
         assert!(!arena.is_mapped());
     }
+}
+
+/// The record of a site in a guest's list of them, found the slow way: every word of memory that says its address.
+fn ftrace_record(guest: &Guest, site: Gva) -> Gpa {
+    let mut page = vec![0; 4096];
+    let mut found = Vec::new();
+    for range in guest.ram() {
+        for at in (range.start.0..range.end.0).step_by(page.len()) {
+            guest.read(Gpa(at), &mut page).unwrap();
+            let words = page.chunks_exact(16);
+            let here = words.enumerate().filter(|(_, record)| {
+                let word = |at: usize| u64::from_le_bytes(record[at..at + 8].try_into().unwrap());
+                word(0) == site.0 && word(8) == 0
+            });
+            found.extend(here.map(|(index, _)| Gpa(at + index as u64 * 16)));
+        }
+    }
+    assert_eq!(found.len(), 1, "{site}: {found:?}");
+    found[0]
+}
+
+/// A guest with something attached by ftrace to a function that every kernel has.
+struct Traced<'a> {
+    guest: &'a Guest,
+    view: link::Guest<'a>,
+    site: Gva,
+    record: Gpa,
+}
+
+const ENABLED: u64 = 1 << 31 | 1;
+const TRAMPOLINE: u64 = 3 << 27;
+const LIVEPATCH: u64 = ENABLED | TRAMPOLINE | 1 << 26;
+const DIRECT: u64 = ENABLED | 3 << 23;
+
+impl<'a> Traced<'a> {
+    fn new(guest: &'a Guest) -> Self {
+        let view = link::Guest::new(&guest.kernel, guest);
+        let entry = guest.kernel.symbols.unique("version_proc_show").unwrap();
+        let nop = [0x0f, 0x1f, 0x44, 0, 0];
+        let marked = view.bytes(entry, 5).unwrap() != nop;
+        let site = entry.wrapping_add(if marked { 4 } else { 0 });
+        assert_eq!(view.bytes(site, 5).unwrap(), nop);
+        let record = ftrace_record(guest, site);
+        Self {
+            guest,
+            view,
+            site,
+            record,
+        }
+    }
+
+    fn attach(&self, flags: u64) {
+        let call = [0xe8, 1, 2, 3, 4];
+        self.guest
+            .write(self.view.physical(self.site).unwrap(), &call);
+        self.guest
+            .write(self.record.wrapping_add(8), &flags.to_le_bytes());
+    }
+}
+
+#[test]
+fn the_record_of_a_function_tells_whether_the_guest_leads_its_calls_elsewhere() {
+    for version in ["6.12", "6.1"] {
+        for (name, guest) in Guest::all(version) {
+            let traced = Traced::new(&guest);
+            let with = |flags| {
+                traced.attach(flags);
+                tracing::check(traced.site, &traced.view)
+            };
+            let plain = with(ENABLED | TRAMPOLINE);
+            assert!(plain.is_ok(), "{name}: {plain:?}");
+            for flags in [LIVEPATCH, DIRECT] {
+                let refused = with(flags);
+                assert!(
+                    matches!(refused, Err(TracingError::Diverted { .. })),
+                    "{name}: {refused:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_function_that_the_guest_has_livepatched_itself_is_refused_and_a_traced_one_is_not() {
+    let Some(guest) = first() else {
+        return;
+    };
+    let Some(sample) = samples()
+        .iter()
+        .find(|it| it.patch().name == "proc-version")
+    else {
+        return;
+    };
+    let traced = Traced::new(&guest);
+    traced.attach(ENABLED | TRAMPOLINE);
+    verified(&guest, sample).unwrap();
+    traced.attach(LIVEPATCH);
+    let livepatched = verified(&guest, sample);
+    assert!(
+        matches!(livepatched, Err(LinkError::Tracing { .. })),
+        "{livepatched:?}"
+    );
 }

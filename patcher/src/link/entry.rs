@@ -79,17 +79,23 @@ pub struct Body<'a> {
 /// # Errors
 /// [`EntryError`].
 pub fn choose(function: Body<'_>, parts: &[Body<'_>]) -> Result<Entry, EntryError> {
-    let after_mark = landing_mark(function.running);
-    let traced = |site: &&Site| site.kind == SiteKind::Fentry && site.offset == after_mark;
-    let Some(fentry) = function.code.sites.iter().find(traced) else {
-        return place(function, parts, after_mark);
+    let Some(fentry) = fentry(function) else {
+        return place(function, parts, landing_mark(function.running));
     };
-    place(function, parts, after_mark + u64::from(fentry.len)).map_err(|why| {
+    place(function, parts, fentry.offset + u64::from(fentry.len)).map_err(|why| {
         EntryError::OverFtrace {
             why: Box::new(why),
             ftrace: "the guest's record of that site cannot be shown to be unused",
         }
     })
+}
+
+/// The call to ftrace at the head of a function, if it has one.
+#[must_use]
+pub fn fentry(function: Body<'_>) -> Option<&Site> {
+    let after_mark = landing_mark(function.running);
+    let at_head = |site: &&Site| site.kind == SiteKind::Fentry && site.offset == after_mark;
+    function.code.sites.iter().find(at_head)
 }
 
 /// Length of `endbr64`, or of what it is sealed with, at the head of a function.

@@ -2,7 +2,7 @@
 //! chosen. Reads the guest while it runs; writes nothing.
 //!
 //! The order is [`plan`]'s: whose the functions are ([`ownership`]), where they are (run-pre matching in
-//! [`verify`](crate::verify)), whether they can be replaced ([`region`]), where the jump goes ([`entry`]),
+//! [`verify`](crate::verify)), whether they can be replaced ([`region`], [`tracing`]), where the jump goes ([`entry`]),
 //! where the new code lies ([`place`]) and what it becomes there ([`code`]), by what this boot decided
 //! ([`boot`]).
 
@@ -17,6 +17,7 @@ pub mod place;
 pub mod plan;
 pub mod region;
 pub mod relocate;
+pub mod tracing;
 
 pub use live::{Guest, Live};
 pub use plan::{LinkError, Plan};

@@ -14,6 +14,7 @@ use super::ownership::{self, OwnershipError};
 use super::place::{Placement, Shape};
 use super::region::{self, RegionError};
 use super::relocate::{self, OutOfReach};
+use super::tracing::{self, TracingError};
 use crate::arena::window::{self, WindowError};
 use crate::arena::{Arena, ArenaError, BusyKind, BusyRange, PatchRecord, SiteRecord};
 use crate::patch::file::PatchFile;
@@ -73,6 +74,14 @@ pub enum LinkError {
         function: String,
         /// Why not.
         why: RegionError,
+    },
+    /// The guest's own ftrace might never let the jump be reached.
+    #[error("`{function}` cannot be replaced: {why}")]
+    Tracing {
+        /// The function.
+        function: String,
+        /// Why not.
+        why: TracingError,
     },
     /// No place for the jump.
     #[error("`{function}` cannot be entered by a jump: {why}")]
@@ -281,6 +290,13 @@ impl Linker<'_> {
             at: found.range.start,
             running: &running,
         };
+        if let Some(fentry) = entry::fentry(main) {
+            let site = main.at.wrapping_add(fentry.offset);
+            tracing::check(site, self.guest).map_err(|why| LinkError::Tracing {
+                function: wanted.name.clone(),
+                why,
+            })?;
+        }
         entry::choose(main, &bodies).map_err(|why| LinkError::Entry {
             function: wanted.name.clone(),
             why,
