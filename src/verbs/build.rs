@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::anyhow;
 use serde::Serialize;
 use vmpatch_patcher::build::{BuildOptions, BuildReport, build};
-use vmpatch_patcher::patch::Requirement;
 use vmpatch_patcher::patch::file::PatchFile;
+use vmpatch_patcher::patch::{Requirement, check};
 
 use crate::cli::Build;
 use crate::exit::Failure;
@@ -56,12 +56,20 @@ fn requires(asked: &Build) -> Requirement {
 
 fn name(asked: &Build) -> Result<String, Failure> {
     let from_file = || asked.output.file_stem()?.to_str().map(str::to_owned);
-    asked.name.clone().or_else(from_file).ok_or_else(|| {
+    let name = asked.name.clone().or_else(from_file).ok_or_else(|| {
         Failure::Usage(format!(
             "{} gives the patch no name; use --name",
             asked.output.display()
         ))
-    })
+    })?;
+    match check::patch_name(&name) {
+        Ok(()) => Ok(name),
+        Err(_) => Err(Failure::Usage(format!(
+            "{name:?} cannot name a patch: a name begins with a letter or digit and has letters, digits, '.', '_' and '-', \
+             {} at most; use --name",
+            check::MAX_NAME
+        ))),
+    }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
@@ -69,4 +77,39 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
         ErrorKind::NotFound => Failure::Usage(format!("there is no object {}", path.display())),
         _ => Failure::Other(anyhow!(error).context(format!("reading {}", path.display()))),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Verb};
+
+    fn named(words: &[&str]) -> Result<String, Failure> {
+        let all = ["vmpatch", "build", "--old", "old.o", "--new", "new.o"];
+        let cli = Cli::try_parse_from(all.iter().chain(words)).unwrap();
+        let Verb::Build(asked) = &cli.verb else {
+            panic!("not build")
+        };
+        name(asked)
+    }
+
+    #[test]
+    fn the_name_is_the_files_unless_given() {
+        assert_eq!(named(&["-o", "dir/fix-1.vmpatch"]).unwrap(), "fix-1");
+        let given = named(&["-o", "x.vmpatch", "--name", "fix"]);
+        assert_eq!(given.unwrap(), "fix");
+    }
+
+    #[test]
+    fn a_name_that_leads_out_of_a_folder_is_a_usage_error() {
+        for name in ["../x", "", "a b", "-x"] {
+            let option = format!("--name={name}");
+            let refused = named(&["-o", "x.vmpatch", &option]);
+            assert!(matches!(refused, Err(Failure::Usage(_))), "{name}");
+        }
+        let refused = named(&["-o", "a b.vmpatch"]);
+        assert!(matches!(refused, Err(Failure::Usage(_))));
+    }
 }

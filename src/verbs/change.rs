@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use vmpatch_introspect::target::StopReport;
 use vmpatch_introspect::{Gva, GvaRange};
 use vmpatch_patcher::arena::PatchRecord;
+use vmpatch_patcher::quiescence::Examined;
 
 use crate::cli::{Change, Rollback};
 use crate::exit::Failure;
@@ -59,19 +60,19 @@ impl From<StopReport> for StopTimes {
 pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
     let watch = Watch::new(output.progress("checking"))?;
     let checked = flow::check(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
-    let seen = checked.attempted.applied;
-    let answer = Answer {
-        stacks: seen.examined.stacks,
-        scanned_stacks: seen.examined.scanned,
-        attempts: checked.attempted.attempts,
-        ..blank(
-            "checked",
-            &asked.vm.vm,
-            &checked.verified.record,
-            seen.report,
-            &watch,
-        )
+    let (attempts, seen) = (checked.attempted.attempts, checked.attempted.applied);
+    let stop = Stop {
+        attempts,
+        examined: seen.examined,
+        report: seen.report,
     };
+    let answer = answer(
+        "checked",
+        &asked.vm.vm,
+        &checked.verified.record,
+        stop,
+        &watch,
+    );
     watch.finish();
     output.answer(&answer, |answer| {
         format!(
@@ -100,13 +101,13 @@ pub(crate) fn roll_back(asked: &Rollback, output: &Output) -> Result<(), Failure
 }
 
 fn report(result: &'static str, vm: &str, changed: &flow::Changed, watch: &Watch, output: &Output) {
-    let applied = changed.attempted.applied;
-    let answer = Answer {
-        stacks: applied.examined.stacks,
-        scanned_stacks: applied.examined.scanned,
-        attempts: changed.attempted.attempts,
-        ..blank(result, vm, &changed.record, applied.report, watch)
+    let (attempts, applied) = (changed.attempted.attempts, changed.attempted.applied);
+    let stop = Stop {
+        attempts,
+        examined: applied.examined,
+        report: applied.report,
     };
+    let answer = answer(result, vm, &changed.record, stop, watch);
     watch.finish();
     output.answer(&answer, |answer| {
         format!(
@@ -118,11 +119,19 @@ fn report(result: &'static str, vm: &str, changed: &flow::Changed, watch: &Watch
     });
 }
 
-fn blank(
+/// What came of the attempts: of the last one, what it saw and how long it took.
+#[derive(Clone, Copy)]
+struct Stop {
+    attempts: u32,
+    examined: Examined,
+    report: StopReport,
+}
+
+fn answer(
     result: &'static str,
     vm: &str,
     record: &PatchRecord,
-    report: StopReport,
+    stop: Stop,
     watch: &Watch,
 ) -> Answer {
     Answer {
@@ -131,11 +140,11 @@ fn blank(
         patch: record.name.clone(),
         digest: record.digest.clone(),
         functions: functions(record),
-        attempts: 0,
-        stop_window_us: report.window.as_secs_f64() * 1e6,
-        stop_us: report.into(),
-        stacks: 0,
-        scanned_stacks: 0,
+        attempts: stop.attempts,
+        stop_window_us: stop.report.window.as_secs_f64() * 1e6,
+        stop_us: stop.report.into(),
+        stacks: stop.examined.stacks,
+        scanned_stacks: stop.examined.scanned,
         phases_us: watch.phases_us(),
     }
 }

@@ -9,6 +9,7 @@ use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 
 use super::window::WINDOW_PAGES;
 use crate::patch::SectionKind;
+use crate::patch::check::{MAX_SYMBOL_NAME, patch_name};
 
 /// All that one boot of one guest has in its arena.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,7 +164,8 @@ impl Manifest {
     }
 
     /// Whether it is possible: extents lie within the window and below `next_page`, edits within a
-    /// page and as long on both sides. A guest can write to the slot, so nothing else is believed.
+    /// page and as long on both sides, names are such as this program gives. A guest can write to the slot, so
+    /// nothing else is believed.
     #[must_use]
     pub fn check(&self) -> bool {
         self.next_page <= WINDOW_PAGES
@@ -183,8 +185,28 @@ impl PatchRecord {
             let length = edit.old.len() as u64;
             edit.new.len() as u64 == length && edit.at.page_offset() + length <= PAGE_SIZE
         });
-        extents && edits && !self.sites.iter().any(|site| site.edits.is_empty())
+        extents
+            && edits
+            && self.names_are_ours()
+            && !self.sites.iter().any(|site| site.edits.is_empty())
     }
+
+    /// Names reach terminals and file names: none may be empty, endless or of other characters than a patch file
+    /// can bring there. A digest has no more kinds of characters than a name.
+    fn names_are_ours(&self) -> bool {
+        let plain = |name: &str| patch_name(name).is_ok();
+        let of_sites = self.sites.iter().map(|site| &site.function);
+        let of_busy = self.busy.iter().map(|busy| &busy.function);
+        plain(&self.name)
+            && plain(&self.digest)
+            && of_sites.chain(of_busy).all(|name| function_name(name))
+    }
+}
+
+/// Symbols of kernel objects, and what stands for made code: `fix (made code)`.
+fn function_name(name: &str) -> bool {
+    let visible = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+    (1..=MAX_SYMBOL_NAME).contains(&name.len()) && name.bytes().all(visible)
 }
 
 /// Why the manifest cannot be used.
@@ -220,4 +242,38 @@ pub enum ManifestError {
     /// It cannot be encoded.
     #[error("the arena's manifest cannot be encoded: {0}")]
     Encode(postcard::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::record;
+    use super::*;
+
+    /// Whether a manifest with this record, changed so, is believed.
+    fn believed(change: impl Fn(&mut PatchRecord)) -> bool {
+        let mut manifest = Manifest::fresh("boot", 1);
+        let mut changed = record("fix");
+        change(&mut changed);
+        manifest.patches.push(changed);
+        manifest.check()
+    }
+
+    #[test]
+    fn a_record_with_a_name_that_no_patch_can_have_is_not_believed() {
+        assert!(believed(|_| {}));
+        assert!(believed(
+            |it| it.sites[0].function = "fix (made code)".into()
+        ));
+        let long = "x".repeat(MAX_SYMBOL_NAME + 1);
+        for name in ["", "../fix", "a/b", "a\nb", "\x1b[2J", "fix\u{202e}", &long] {
+            assert!(!believed(|it| it.name = name.into()), "{name:?}");
+            assert!(!believed(|it| it.digest = name.into()), "{name:?}");
+        }
+        for name in ["", "\x1b[2J", "f\0", "f\u{202e}", &long] {
+            assert!(
+                !believed(|it| it.sites[0].function = name.into()),
+                "{name:?}"
+            );
+        }
+    }
 }

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -62,18 +62,30 @@ impl LineReader {
         let mut bytes = vec![0u8; CHUNK];
         let mut fds: [RawFd; MAX_FDS] = [-1; MAX_FDS];
         let (count, received) = receive(stream, &mut bytes, &mut fds)?;
-        for &fd in fds.iter().take(received) {
+        let fds = fds.iter().take(received);
+        // Owned all at once: whatever fails from here on, none stays open.
+        let received = fds
             // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-            let file = unsafe { File::from_raw_fd(fd) };
-            // A copy, for it closes on exec, which the received one does not.
-            self.files.push(file.try_clone()?);
-        }
+            .map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) })
+            .collect();
+        self.files.extend(copies(received, OwnedFd::try_clone)?);
         // A peer that sends descriptors without a line gets none kept.
         self.files.truncate(MAX_FDS);
         self.pending
             .extend_from_slice(bytes.get(..count).unwrap_or_default());
         Ok(count)
     }
+}
+
+/// Copies, for they close on exec, which received descriptors do not.
+fn copies(
+    received: Vec<OwnedFd>,
+    copy: impl Fn(&OwnedFd) -> io::Result<OwnedFd>,
+) -> io::Result<Vec<File>> {
+    received
+        .into_iter()
+        .map(|fd| Ok(copy(&fd)?.into()))
+        .collect()
 }
 
 fn receive(stream: &UnixStream, bytes: &mut [u8], fds: &mut [RawFd]) -> io::Result<(usize, usize)> {
@@ -198,6 +210,24 @@ mod tests {
             (line.text.as_slice(), text.as_str()),
             (&b"with one"[..], "inside")
         );
+    }
+
+    #[test]
+    fn no_descriptor_stays_open_when_one_cannot_be_copied() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let received = (0..3).map(|_| there.as_fd().try_clone_to_owned().unwrap());
+        let received: Vec<OwnedFd> = received.collect();
+        drop(there);
+        let last = received[2].as_raw_fd();
+        let copied = copies(received, |fd| {
+            let fails = fd.as_raw_fd() == last;
+            if fails {
+                return Err(io::ErrorKind::Other.into());
+            }
+            fd.try_clone()
+        });
+        assert!(copied.is_err());
+        assert!(hung_up(&here));
     }
 
     #[test]
