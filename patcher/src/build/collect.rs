@@ -1,28 +1,24 @@
 //! What goes into the patch: new bodies of changed functions, and whatever they need that the guest has
-//! not. Owns the walk from what must be brought to what that refers to; a reference is either to something
-//! of the guest, by name, or to something brought along.
+//! not. Owns the walk from what must be brought to what that refers to; what a reference is to, something of the
+//! guest or something brought along, is [`resolve`](super::resolve)'s.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use super::compare::Verdict;
-use super::instructions::{Flow, Instructions};
-use super::key::{self, Key, Names, is_numbered_constant};
+use super::key::Names;
 use super::pair::Pairs;
 use super::policy;
-use super::reference::{Reference, Target, references_in_code};
+use super::reference::{Reference, references_in_code};
 use super::report::{Brought, BuildReport, Refused};
+use super::resolve::NewResolver;
 use super::side::Side;
-use super::site::{self, Resolver};
+use super::site;
 use super::table::SymbolTable;
 use crate::object::SectionId;
 use crate::patch::{Section, SectionKind};
 
 /// Most bytes of one new variable: the arena has 4 MiB in all.
 const MAX_VARIABLE_BYTES: u64 = 1 << 20;
-
-/// What `static_cpu_has` does before alternatives are applied (Linux v6.12
-/// arch/x86/include/asm/cpufeature.h).
-const AUXILIARY: &str = ".altinstr_aux";
 
 /// Something brought along, each a section of its own in the patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -292,7 +288,8 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn name_of(&self, thing: Thing) -> String {
+    /// What a thing is called in messages and symbols.
+    pub(super) fn name_of(&self, thing: Thing) -> String {
         match thing {
             Thing::Function(function) => self.new.function(function).name.clone(),
             Thing::Variable(variable) => self.new.variable(variable).name.clone(),
@@ -308,223 +305,5 @@ impl<'a> Collector<'a> {
                 self.new.object.section(section).name.clone()
             }
         }
-    }
-}
-
-/// Names what new code and new data refer to.
-struct NewResolver<'c, 'a> {
-    collector: &'c mut Collector<'a>,
-    /// The function that refers, for messages.
-    function: Option<usize>,
-}
-
-impl Resolver for NewResolver<'_, '_> {
-    fn symbol(&mut self, target: &Target, calls: bool) -> Option<(u32, i64)> {
-        match *target {
-            Target::Outside { symbol, distance } => self.outside(symbol, target, distance),
-            Target::Function { function, distance } => self.function(function, distance, calls),
-            Target::Variable { variable, distance } => self.variable(variable, target, distance),
-            Target::Text {
-                section,
-                offset,
-                distance,
-            } => Some((self.own(Thing::Text(section, offset)), distance)),
-            Target::Constant {
-                section,
-                offset,
-                distance,
-            } => {
-                let size = self.collector.new.object.section(section).entry_size;
-                let start = offset.checked_div(size)?.checked_mul(size)?;
-                let symbol = self.own(Thing::Constant(section, start));
-                let inside = (offset - start).cast_signed();
-                Some((symbol, inside.wrapping_add(distance)))
-            }
-            Target::Place { section, offset } => self.place(section, offset),
-        }
-    }
-
-    fn guest(&mut self, name: &str) -> u32 {
-        self.collector.symbols.guest(name)
-    }
-}
-
-impl NewResolver<'_, '_> {
-    fn own(&mut self, thing: Thing) -> u32 {
-        let section = self.collector.bring(thing);
-        let name = match thing {
-            Thing::Function(_) | Thing::Variable(_) => self.collector.name_of(thing),
-            _ => self.collector.sections[section as usize].name.clone(),
-        };
-        self.collector.symbols.own(&name, section)
-    }
-
-    fn outside(
-        &mut self,
-        symbol: crate::object::SymbolId,
-        target: &Target,
-        distance: i64,
-    ) -> Option<(u32, i64)> {
-        let home = self.collector.new.object.symbol(symbol).home;
-        let name = self.collector.new.name_of(target);
-        if home != crate::object::Home::Undefined || name.is_empty() {
-            self.refuse(&name, "an absolute or common symbol cannot be linked");
-            return None;
-        }
-        Some((self.collector.symbols.guest(&name), distance))
-    }
-
-    /// The address of a function that the guest has is the guest's, so that none is kept that ends with the
-    /// patch; only calls and jumps go straight to the new body.
-    fn function(&mut self, function: usize, distance: i64, calls: bool) -> Option<(u32, i64)> {
-        let new = self.collector.new;
-        let it = new.function(function);
-        let is_inside = distance != 0 || it.parent.is_some();
-        match self.collector.verdicts[function] {
-            Verdict::New => Some((self.own(Thing::Function(function)), distance)),
-            Verdict::Changed(_) if calls || is_inside => {
-                Some((self.own(Thing::Function(function)), distance))
-            }
-            _ if policy::is_init(&new.home_of(function).name) => {
-                let section = new.home_of(function).name.clone();
-                self.refuse(&section, "it refers to code that is gone after boot");
-                None
-            }
-            _ => {
-                let old = self.collector.old;
-                let found = old.inventory.function_named(&it.name);
-                let name = found.map_or(&it.name, |at| &old.function(at).name);
-                Some((self.collector.symbols.guest(name), distance))
-            }
-        }
-    }
-
-    fn variable(&mut self, variable: usize, target: &Target, distance: i64) -> Option<(u32, i64)> {
-        let (new, old) = (self.collector.new, self.collector.old);
-        let section = new
-            .object
-            .section(new.variable(variable).section)
-            .name
-            .clone();
-        if is_numbered_constant(new, variable) {
-            if let Some(name) = self.same_constant(variable, target) {
-                return Some((self.collector.symbols.guest(&name), distance));
-            }
-            return Some((self.own(Thing::Variable(variable)), distance));
-        }
-        if let Some(before) = self.collector.pairs.old_of(variable) {
-            if policy::is_init(&section) {
-                self.refuse(&section, "it refers to data that is gone after boot");
-                return None;
-            }
-            return Some((
-                self.collector.symbols.guest(&old.variable(before).name),
-                distance,
-            ));
-        }
-        let name = &new.variable(variable).name;
-        if self.collector.pairs.is_uncertain(variable) {
-            let reason = format!("{name} may be one of several static variables of the old object");
-            self.refuse(&section, &reason);
-            return None;
-        }
-        if let Err(reason) = policy::new_data(&section) {
-            self.refuse(&section, &format!("{reason} ({name})"));
-            return None;
-        }
-        Some((self.own(Thing::Variable(variable)), distance))
-    }
-
-    /// The old constant of the same content, if the constant holds pointers and there is just one: a table
-    /// of functions may be known by its address. Text and numbers may as well be copied.
-    fn same_constant(&self, variable: usize, target: &Target) -> Option<String> {
-        let (new, old) = (self.collector.new, self.collector.old);
-        let it = new.variable(variable);
-        let end = it.start.saturating_add(it.size);
-        if new
-            .object
-            .section(it.section)
-            .relocations_in(it.start, end)
-            .is_empty()
-        {
-            return None;
-        }
-        let wanted = without_distance(key::key(new, self.collector.names, target));
-        let same = (0..old.inventory.variables.len()).filter(|index| {
-            let target = Target::Variable {
-                variable: *index,
-                distance: 0,
-            };
-            is_numbered_constant(old, *index)
-                && without_distance(key::key(old, &Names::default(), &target)) == wanted
-        });
-        match same.collect::<Vec<_>>()[..] {
-            [only] => Some(old.variable(only).name.clone()),
-            _ => None,
-        }
-    }
-
-    fn place(&mut self, section: SectionId, offset: i64) -> Option<(u32, i64)> {
-        let home = self.collector.new.object.section(section);
-        if home.flags.exec {
-            let auxiliary = self
-                .auxiliary(section, offset)
-                .filter(|_| home.name == AUXILIARY);
-            if auxiliary.is_none() {
-                self.refuse(&home.name, "it refers to code that belongs to no function");
-            }
-            return Some((self.own(auxiliary?), 0));
-        }
-        if home.flags.write || policy::new_data(&home.name).is_err() {
-            self.refuse(&home.name, "it refers to data without a name");
-            return None;
-        }
-        Some((self.own(Thing::Whole(section)), offset))
-    }
-
-    /// The test of a CPU feature that runs until alternatives are applied ends with its first plain jump.
-    fn auxiliary(&self, section: SectionId, offset: i64) -> Option<Thing> {
-        let start = u64::try_from(offset).ok()?;
-        let home = self.collector.new.object.section(section);
-        let code = Instructions::decode(home.range(start, home.size)?);
-        let last = code.iter().find(|it| it.flow == Flow::Jump)?;
-        Some(Thing::Auxiliary(
-            section,
-            start,
-            start.checked_add(last.end)?,
-        ))
-    }
-
-    fn refuse_unknown_kinds(&mut self, references: &[Reference]) {
-        for reference in references {
-            if site::kind_of(reference.kind).is_none() {
-                let name = self.collector.new.name_of(&reference.target);
-                let reason = format!("relocation {:?} to {name}", reference.kind);
-                self.refuse("relocations", &reason);
-            }
-        }
-    }
-
-    fn refuse(&mut self, section: &str, reason: &str) {
-        let name = self
-            .function
-            .map(|it| self.collector.new.function(it).name.clone());
-        let (name, section) = (name.unwrap_or_default(), section.to_owned());
-        let refused = Refused {
-            name,
-            section,
-            offset: None,
-            reason: reason.to_owned(),
-        };
-        if !self.collector.report.refused.contains(&refused) {
-            self.collector.report.refused.push(refused);
-        }
-    }
-}
-
-fn without_distance(key: Key) -> Key {
-    match key {
-        Key::Content(content, _) => Key::Content(content, 0),
-        other => other,
     }
 }

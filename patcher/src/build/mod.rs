@@ -5,7 +5,7 @@
 //! ```text
 //! bytes ─ object::read ─ Side ──┐ inventory, instructions, reference, special
 //! bytes ─ object::read ─ Side ──┤
-//!                               ├─ pair ─ compare, data ─ collect, old ─ Patch + BuildReport
+//!                               ├─ pair ─ compare, data ─ collect, resolve, old ─ Patch + BuildReport
 //! ```
 
 mod collect;
@@ -19,6 +19,7 @@ mod pair;
 mod policy;
 mod reference;
 mod report;
+mod resolve;
 mod side;
 mod site;
 mod special;
