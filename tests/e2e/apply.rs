@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vmpatch_testkit::Side;
 
-use crate::support::{CHANGED, VERSION, assert_changed, assert_no_trouble, patch, shared};
+use crate::support::{CHANGED, VERSION, assert_changed, assert_no_trouble, expect, patch, shared};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -16,22 +16,14 @@ fn a_running_loop_sees_the_change_and_the_way_back() {
     let patch = patch(VERSION, Side::Forward);
     let before = guest.snapshot().unwrap();
 
-    guest
-        .call(&["check", patch.path()])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["check", patch.path()]);
     assert_eq!(
         guest.snapshot().unwrap(),
         before,
         "check wrote to the guest"
     );
 
-    let applied = guest
-        .call(&["apply", patch.path()])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    let applied = expect(guest, 0, &["apply", patch.path()]);
     assert_eq!(applied.json["result"], "applied", "{}", applied.stdout);
     assert_eq!(applied.json["patch"], VERSION, "{}", applied.stdout);
     assert!(applied.json["attempts"].as_u64().unwrap() >= 1);
@@ -50,14 +42,10 @@ fn a_running_loop_sees_the_change_and_the_way_back() {
         })
         .unwrap();
 
-    let status = guest.call(&["status"]).unwrap().expect_code(0).unwrap();
+    let status = expect(guest, 0, &["status"]);
     assert!(status.stdout.contains(VERSION), "{}", status.stdout);
 
-    let back = guest
-        .call(&["rollback", VERSION])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    let back = expect(guest, 0, &["rollback", VERSION]);
     assert!(back.number("stop_window_us").unwrap() > 0.0);
     let mark = guest.console.mark();
     guest
@@ -75,37 +63,17 @@ fn a_patch_is_applied_once() {
     let mut shared = shared();
     let guest = shared.as_mut().unwrap();
     let patch = patch(VERSION, Side::Forward);
-    guest
-        .call(&["apply", patch.path()])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["apply", patch.path()]);
     let before = guest.snapshot().unwrap();
-    let again = guest
-        .call(&["apply", patch.path()])
-        .unwrap()
-        .expect_code(3)
-        .unwrap();
+    let again = expect(guest, 3, &["apply", patch.path()]);
     assert!(again.stdout.contains("already"), "{}", again.stdout);
     assert_eq!(guest.snapshot().unwrap(), before);
     assert_changed(guest, true);
-    guest
-        .call(&["rollback", VERSION])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["rollback", VERSION]);
     // What was taken out can go in again.
-    guest
-        .call(&["apply", patch.path()])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["apply", patch.path()]);
     assert_changed(guest, true);
-    guest
-        .call(&["rollback", VERSION])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["rollback", VERSION]);
     assert_no_trouble(guest);
 }
 
@@ -114,11 +82,7 @@ fn a_patch_is_applied_once() {
 fn a_patch_that_is_not_there_is_not_rolled_back() {
     let mut shared = shared();
     let guest = shared.as_mut().unwrap();
-    let answer = guest
-        .call(&["rollback", "no-such-patch"])
-        .unwrap()
-        .expect_code(3)
-        .unwrap();
+    let answer = expect(guest, 3, &["rollback", "no-such-patch"]);
     assert!(answer.stdout.contains("no-such-patch"), "{}", answer.stdout);
     assert_changed(guest, false);
 }

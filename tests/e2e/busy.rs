@@ -2,7 +2,7 @@
 
 use vmpatch_testkit::Side;
 
-use crate::support::{PARKED, assert_no_trouble, patch, shared};
+use crate::support::{PARKED, assert_no_trouble, expect, patch, shared};
 
 #[test]
 #[ignore = "needs guests: cargo xtask test"]
@@ -13,11 +13,7 @@ fn a_parked_kthread_is_named_and_nothing_is_written() {
     let pid = guest.planted("vmp_park").unwrap();
     let before = guest.snapshot().unwrap();
 
-    let answer = guest
-        .call(&["apply", patch.path(), "--timeout", "2s"])
-        .unwrap()
-        .expect_code(4)
-        .unwrap();
+    let answer = expect(guest, 4, &["apply", patch.path(), "--timeout", "2s"]);
 
     assert_eq!(answer.json["result"], "busy", "{}", answer.stdout);
     let busy = answer.json["busy"].to_string();
@@ -45,16 +41,8 @@ fn once_nobody_is_parked_there_it_is_replaced() {
         .ask("rmmod planted && insmod /planted.ko park=0")
         .unwrap();
     let patch = patch(PARKED, Side::Forward);
-    guest
-        .call(&["apply", patch.path()])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
-    guest
-        .call(&["rollback", PARKED])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["apply", patch.path()]);
+    expect(guest, 0, &["rollback", PARKED]);
     guest.ask("rmmod planted && insmod /planted.ko").unwrap();
     assert_no_trouble(guest);
 }

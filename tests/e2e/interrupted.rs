@@ -4,7 +4,7 @@
 use vmpatch_testkit::{Answer, Guest, Side};
 
 use crate::support::{
-    CHANGED, VERSION, assert_changed, assert_no_trouble, patch, shared, tool, version,
+    CHANGED, VERSION, assert_changed, assert_no_trouble, expect, patch, shared, tool, version,
 };
 
 /// The boundaries as the tool itself names them.
@@ -37,7 +37,7 @@ fn an_apply_killed_at_any_boundary_leaves_a_consistent_guest() {
     for boundary in &boundaries {
         let answer = at(guest, boundary, &["apply", patch.path()]);
         assert_eq!(answer.code, None, "{boundary} was not reached: {answer:?}");
-        let status = guest.call(&["status"]).unwrap().expect_code(0).unwrap();
+        let status = expect(guest, 0, &["status"]);
         // The guest answers, and it does either the old or the new.
         let changed = version(guest).contains(CHANGED);
         if changed {
@@ -46,23 +46,11 @@ fn an_apply_killed_at_any_boundary_leaves_a_consistent_guest() {
                 "{boundary}: {}",
                 status.stdout
             );
-            guest
-                .call(&["rollback", VERSION])
-                .unwrap()
-                .expect_code(0)
-                .unwrap();
+            expect(guest, 0, &["rollback", VERSION]);
         } else {
-            guest
-                .call(&["apply", patch.path()])
-                .unwrap()
-                .expect_code(0)
-                .unwrap();
+            expect(guest, 0, &["apply", patch.path()]);
             assert_changed(guest, true);
-            guest
-                .call(&["rollback", VERSION])
-                .unwrap()
-                .expect_code(0)
-                .unwrap();
+            expect(guest, 0, &["rollback", VERSION]);
         }
         assert_changed(guest, false);
         eprintln!(
@@ -82,11 +70,7 @@ fn a_rollback_killed_at_any_boundary_leaves_a_consistent_guest() {
     let boundaries = boundaries(guest, patch.path());
     let mut reached = 0;
     for boundary in &boundaries {
-        guest
-            .call(&["apply", patch.path()])
-            .unwrap()
-            .expect_code(0)
-            .unwrap();
+        expect(guest, 0, &["apply", patch.path()]);
         let answer = at(guest, boundary, &["rollback", VERSION]);
         // A rollback has no patch file to open and no code to link.
         if answer.code.is_some() {
@@ -95,13 +79,9 @@ fn a_rollback_killed_at_any_boundary_leaves_a_consistent_guest() {
             continue;
         }
         reached += 1;
-        guest.call(&["status"]).unwrap().expect_code(0).unwrap();
+        expect(guest, 0, &["status"]);
         if version(guest).contains(CHANGED) {
-            guest
-                .call(&["rollback", VERSION])
-                .unwrap()
-                .expect_code(0)
-                .unwrap();
+            expect(guest, 0, &["rollback", VERSION]);
         }
         assert_changed(guest, false);
     }

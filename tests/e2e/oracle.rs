@@ -6,11 +6,11 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use vmpatch_testkit::{Guest, Oracle};
 
-use crate::support::shared;
+use crate::support::{expect, shared};
 
 fn inspect(guest: &Guest, what: &[&str]) -> Vec<Value> {
     let words: Vec<&str> = ["inspect"].iter().chain(what).copied().collect();
-    let answer = guest.call(&words).unwrap().expect_code(0).unwrap();
+    let answer = expect(guest, 0, &words);
     answer
         .json
         .as_array()

@@ -5,7 +5,8 @@ use std::fs;
 use vmpatch_testkit::{Guest, Side, Snapshot};
 
 use crate::support::{
-    VERSION, assert_changed, assert_no_trouble, guest_name, patch, patch_for, shared, tool,
+    VERSION, assert_changed, assert_no_trouble, expect, expect_alone, guest_name, patch, patch_for,
+    shared,
 };
 
 /// What the guest's memory must stay.
@@ -19,11 +20,7 @@ impl Untouched {
 
 /// Applies, expects a refusal and returns its reason.
 fn refused(guest: &Guest, patch: &str) -> String {
-    let answer = guest
-        .call(&["apply", patch])
-        .unwrap()
-        .expect_code(3)
-        .unwrap();
+    let answer = expect(guest, 3, &["apply", patch]);
     assert_eq!(answer.json["result"], "refused", "{}", answer.stdout);
     answer.json["reason"].as_str().unwrap().to_owned()
 }
@@ -70,17 +67,9 @@ fn each_unfit_patch_is_refused_for_its_own_reason() {
     distinct.dedup();
     assert_eq!(distinct.len(), reasons.len(), "{reasons:#?}");
     // And the good one still goes in.
-    guest
-        .call(&["apply", good.path()])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["apply", good.path()]);
     assert_changed(guest, true);
-    guest
-        .call(&["rollback", VERSION])
-        .unwrap()
-        .expect_code(0)
-        .unwrap();
+    expect(guest, 0, &["rollback", VERSION]);
     assert_no_trouble(guest);
 }
 
@@ -88,10 +77,6 @@ fn each_unfit_patch_is_refused_for_its_own_reason() {
 #[ignore = "needs guests: cargo xtask test"]
 fn a_machine_that_is_not_there_is_not_reached() {
     let good = patch(VERSION, Side::Forward);
-    let answer = tool()
-        .call(["apply", good.path(), "--vm", "nobody"])
-        .unwrap()
-        .expect_code(5)
-        .unwrap();
+    let answer = expect_alone(5, &["apply", good.path(), "--vm", "nobody"]);
     assert!(answer.stdout.contains("nobody"), "{}", answer.stdout);
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
 
 use tempfile::TempDir;
-use vmpatch_testkit::{Boot, Guest, Image, Side, Tool, objects, patch_file};
+use vmpatch_testkit::{Answer, Boot, Guest, Image, Side, Tool, objects, patch_file};
 
 /// Changes the first line of /proc/version.
 pub(crate) const VERSION: &str = "proc-version";
@@ -21,6 +21,18 @@ pub(crate) fn guest_name() -> String {
 /// The tool under test.
 pub(crate) fn tool() -> Tool {
     Tool::from_env().unwrap()
+}
+
+/// Calls the tool on a guest; anything but this exit code fails the test with all that was said.
+#[track_caller]
+pub(crate) fn expect(guest: &Guest, code: i32, words: &[&str]) -> Answer {
+    guest.call(words).unwrap().expect_code(code).unwrap()
+}
+
+/// The same for a call that is not on a guest of the tests.
+#[track_caller]
+pub(crate) fn expect_alone(code: i32, words: &[&str]) -> Answer {
+    tool().call(words).unwrap().expect_code(code).unwrap()
 }
 
 /// Boots a guest of its own for a test that ends it.

@@ -6,6 +6,7 @@ mod commands;
 mod comparisons;
 mod cpio;
 mod dependencies;
+mod documents;
 mod dumps;
 mod emulator;
 mod host;
@@ -17,7 +18,6 @@ mod packages;
 mod paths;
 mod progress;
 mod publish;
-mod readme;
 mod run;
 mod source;
 mod tally;
@@ -54,7 +54,7 @@ enum Task {
     /// Compile the two objects that a test patch is made from
     #[command(hide = true)]
     Objects(commands::objects::ObjectsArgs),
-    /// Check formatting, lints, the rule of dependencies and the README
+    /// Check formatting, lints, the rule of dependencies and the documents
     Lint,
     /// Run one command in the test host
     Host(commands::host::HostArgs),

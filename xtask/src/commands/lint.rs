@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{dependencies, paths, progress, readme, run};
+use crate::{dependencies, documents, paths, progress, run};
 
 /// Runs every check; the first that fails ends it.
 pub(crate) fn run() -> Result<i32> {
@@ -21,7 +21,7 @@ pub(crate) fn run() -> Result<i32> {
         ])
     })?;
     check("the rule of dependencies", dependencies::check)?;
-    check("the commands that README quotes", readme::check)?;
+    check("the commands that the documents quote", documents::check)?;
     if run::on_path("cargo-deny") {
         check("cargo-deny", || {
             cargo(&["deny", "--log-level", "error", "check"])
