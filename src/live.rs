@@ -6,7 +6,7 @@ use std::time::Duration;
 use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{AttachError, GpaRange, Kernel, Roots, Target, Vcpu};
+use vmpatch_introspect::{AttachError, Deadline, GpaRange, Kernel, Roots, Target, Vcpu};
 use vmpatch_patcher::quiescence::{LiveKernel, Witness};
 use vmpatch_vmm::client::{self, KvmTarget};
 
@@ -124,7 +124,8 @@ impl Tables {
         {
             self.0 = newer;
         }
-        drop(self.witness(live).stacks(live.vm(), &[]));
+        let as_in_a_stop = Deadline::within(StopRequest::default().examination());
+        drop(self.witness(live).stacks(live.vm(), &[], &as_in_a_stop));
     }
 
     /// What the stack gate asks.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vmpatch_introspect::stacks;
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{Dump, Kernel};
+use vmpatch_introspect::{Deadline, Dump, Kernel};
 
 const STOPS: usize = 501;
 
@@ -34,7 +34,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let unwinder = Unwinder::load(&kernel, &dump, &modules)?;
     let load = begin.elapsed();
     let (tasks, walk) = median(|| kernel.tasks(&dump));
-    let (stacks, all) = median(|| stacks::all(&kernel, &unwinder, &dump, dump.vcpus()));
+    let (stacks, all) =
+        median(|| stacks::all(&kernel, &unwinder, &dump, dump.vcpus(), &Deadline::none()));
     let (tasks, stacks) = (tasks?, stacks?);
     let frames: usize = stacks.iter().map(|stack| stack.trace.frames.len()).sum();
     println!(

@@ -1,7 +1,10 @@
 //! A kernel that was found: identity, layout, symbols and types, owned, so that they can be used
 //! inside a stop without touching guest memory again.
 
+use std::time::Duration;
+
 use crate::address::{GpaRange, Gva, GvaRange};
+use crate::deadline::Deadline;
 use crate::find::{self, Found};
 use crate::identity::{self, Identity, Sources};
 use crate::image::{self, Region};
@@ -15,6 +18,7 @@ use crate::symbols::Symbols;
 use crate::symbols::kallsyms::{self, Evidence};
 use crate::target::PhysicalMemory;
 use crate::tasks::Task;
+use crate::tasks::census::{self, Census};
 use crate::tasks::fields::TaskFields;
 use crate::tasks::walk::{self, Heads};
 use crate::types::{TypeError, Types, search};
@@ -50,6 +54,16 @@ pub enum AttachError {
         what: &'static str,
         /// What was found and what was expected.
         why: String,
+    },
+    /// The time that a stop may take ran out. What is left may be less the next time.
+    #[error("only {done} {what} were read in {allowed:?}, the time that a stop may take")]
+    Late {
+        /// "tasks", "stacks".
+        what: &'static str,
+        /// How many of them were read.
+        done: usize,
+        /// The time there was.
+        allowed: Duration,
     },
     /// Guest memory could not be read where it should be.
     #[error(transparent)]
@@ -142,11 +156,35 @@ impl Kernel {
         KernelMemory::new(physical, self.layout.space)
     }
 
-    /// Every task that may own a kernel stack: the task list, threads, idle tasks and exiting tasks.
+    /// Every task that is known: the task list, threads, and as far as the kernel's own lists of them are
+    /// found also idle tasks and exiting tasks. For people to read; the stack gate asks for all or nothing.
     ///
     /// # Errors
-    /// A list that leads out of memory or never ends, or a kernel whose task lists are not known.
+    /// A list that leads out of memory or never ends, more than [`MOST_TASKS`](crate::tasks::MOST_TASKS), or
+    /// a kernel whose task list is not known.
     pub fn tasks(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Task>, AttachError> {
+        let (fields, heads) = self.task_lists(physical)?;
+        walk::all(&self.memory(physical), fields, &heads, &Deadline::none())
+    }
+
+    /// Every task that may own a kernel stack.
+    ///
+    /// # Errors
+    /// As [`tasks`](Self::tasks); no time left; or some place is not known where a task may be that is on
+    /// no task list.
+    pub(crate) fn every_task(
+        &self,
+        physical: &dyn PhysicalMemory,
+        deadline: &Deadline,
+    ) -> Result<Census, AttachError> {
+        let (fields, heads) = self.task_lists(physical)?;
+        census::take(&self.memory(physical), fields, &heads, deadline)
+    }
+
+    fn task_lists(
+        &self,
+        physical: &dyn PhysicalMemory,
+    ) -> Result<(&TaskFields, Heads<'_>), AttachError> {
         let fields = self
             .task_fields
             .as_ref()
@@ -161,7 +199,7 @@ impl Kernel {
             per_cpu_offset: &self.layout.per_cpu_offset,
             ram: physical.ram().iter().map(GpaRange::size).sum(),
         };
-        walk::all(self.memory(physical), fields, &heads)
+        Ok((fields, heads))
     }
 
     /// Whether memory still holds the boot of the kernel that was found: its text where it was, and the

@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 pub mod address;
+pub mod deadline;
 pub mod dump;
 pub mod features;
 mod find;
@@ -34,6 +35,7 @@ pub mod unwind;
 pub mod vcpu;
 
 pub use address::{Gpa, GpaRange, Gva, GvaRange};
+pub use deadline::Deadline;
 pub use dump::Dump;
 pub use find::ForeignVcpu;
 pub use kernel::{AttachError, Kernel};

@@ -98,6 +98,15 @@ pub struct StopRequest {
     pub lease: Duration,
 }
 
+impl StopRequest {
+    /// How much of the lease may go into looking at the guest. The last quarter is for writing, comparing
+    /// and resuming, which must not begin too late to end in time.
+    #[must_use]
+    pub fn examination(&self) -> Duration {
+        self.lease - self.lease / 4
+    }
+}
+
 impl Default for StopRequest {
     fn default() -> Self {
         Self {

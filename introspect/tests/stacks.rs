@@ -6,11 +6,14 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use common::{Guest, each_guest};
+use common::{Changed, Guest, each_guest};
 use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::stacks::{self, Stack};
+use vmpatch_introspect::tasks::Missing;
 use vmpatch_introspect::unwind::{Frame, FrameKind, Unreliable, Unwinder};
+use vmpatch_introspect::{AttachError, Deadline};
 
 struct Seen<'a> {
     guest: &'a Guest,
@@ -23,8 +26,8 @@ impl<'a> Seen<'a> {
     fn new(guest: &'a Guest) -> Self {
         let modules = guest.kernel.modules(&guest.dump).unwrap();
         let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &modules).unwrap();
-        let stacks =
-            stacks::all(&guest.kernel, &unwinder, &guest.dump, guest.dump.vcpus()).unwrap();
+        let (dump, deadline) = (&guest.dump, Deadline::none());
+        let stacks = stacks::all(&guest.kernel, &unwinder, dump, dump.vcpus(), &deadline).unwrap();
         Self {
             guest,
             by_frame_pointers: unwinder.by_frame_pointers(),
@@ -207,5 +210,49 @@ fn idle_tasks_are_traced_to_where_their_cpu_started() {
                 "{names:#?}"
             );
         }
+    });
+}
+
+#[test]
+fn a_stop_that_has_no_time_left_reads_no_stacks() {
+    each_guest(|guest| {
+        let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &[]).unwrap();
+        let (dump, deadline) = (&guest.dump, Deadline::within(Duration::ZERO));
+        let late = stacks::all(&guest.kernel, &unwinder, dump, dump.vcpus(), &deadline);
+        assert!(matches!(late, Err(AttachError::Late { .. })), "{late:?}");
+    });
+}
+
+/// A kernel that does not list the tasks that leave still counts those that sleep.
+#[test]
+fn a_task_that_sleeps_on_no_list_makes_the_stacks_incomplete() {
+    each_guest(|guest| {
+        let (kernel, dump) = (&guest.kernel, &guest.dump);
+        let lists = kernel.types.offset_of("task_struct", "rcu_tasks_exit_list");
+        let member = kernel.types.member("rq", "nr_uninterruptible").unwrap();
+        let queue = kernel.place("runqueues").unwrap();
+        let queue = queue.wrapping_add(kernel.layout.per_cpu_offset[0]);
+        let memory = kernel.memory(dump);
+        let at = queue.wrapping_add(member.offset);
+        let count = memory.read_u32(at).unwrap().wrapping_add(1);
+        let one_more = Changed {
+            dump,
+            at: memory.physical_of(at).unwrap(),
+            bytes: count.to_le_bytes().to_vec(),
+        };
+        let unwinder = Unwinder::load(kernel, dump, &[]).unwrap();
+        let none = Deadline::none();
+        let stacks = stacks::all(kernel, &unwinder, &one_more, dump.vcpus(), &none).unwrap();
+        let is_short = |stack: &Stack| {
+            let why = stack.trace.unreliable.as_ref();
+            matches!(why, Some(Unreliable::Unlisted(Missing::Asleep { .. })))
+        };
+        eprintln!("{}: lists them: {}", guest.name, lists.is_ok());
+        assert_eq!(
+            stacks.iter().any(is_short),
+            lists.is_err(),
+            "{}",
+            guest.name
+        );
     });
 }

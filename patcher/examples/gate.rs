@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{Dump, GvaRange, Kernel};
+use vmpatch_introspect::{Deadline, Dump, GvaRange, Kernel};
 use vmpatch_patcher::arena::{BusyKind, BusyRange};
 use vmpatch_patcher::quiescence::{self, BusyRanges, LiveKernel, Witness, gate};
 
@@ -71,18 +71,20 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     show("same boot", median(|| witness.same_boot(&dump)).1);
     show("text patching", median(|| witness.text_patching(&dump)).1);
-    let (stacks, took) = median(|| witness.stacks(&dump, dump.vcpus()));
+    let none = Deadline::none();
+    let (stacks, took) = median(|| witness.stacks(&dump, dump.vcpus(), &none));
     let stacks = stacks?;
     show(&format!("{} stacks read", stacks.len()), took);
     let read = witness.reader(&dump);
     let judge = || {
         let mut busy = quiescence::Busy::default();
-        gate::examine_stacks(&stacks, &ranges, &*read, &mut busy);
+        let judged = gate::examine_stacks(&stacks, &ranges, &*read, &none, &mut busy);
         gate::examine_vcpus(dump.vcpus(), &stacks, &ranges, &mut busy);
-        busy
+        judged.map(|()| busy)
     };
     show("judged", median(judge).1);
-    let (verdict, took) = median(|| quiescence::examine(&witness, &dump, dump.vcpus(), &ranges));
+    let look = || quiescence::examine(&witness, &dump, dump.vcpus(), &ranges, &none);
+    let (verdict, took) = median(look);
     show("all of it", took);
     match verdict {
         Ok(examined) => println!("quiet: {examined:?}"),

@@ -1,9 +1,12 @@
 //! The stack gate: what is busy, what is free, and what it says.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use std::time::Duration;
+
 use vmpatch_introspect::stacks::Stack;
+use vmpatch_introspect::tasks::Missing;
 use vmpatch_introspect::unwind::{Frame, FrameKind, Unreliable};
-use vmpatch_introspect::{Activity, Gpa, Gva, GvaRange, Vcpu};
+use vmpatch_introspect::{Activity, AttachError, Deadline, Gpa, Gva, GvaRange, Vcpu};
 use vmpatch_patcher::quiescence::{
     self, Busy, BusyRanges, Elsewhere, Evidence, Examined, Finding, NotQuiet,
 };
@@ -29,7 +32,17 @@ fn machine() -> Machine {
 }
 
 fn examine_on(machine: &Machine, stacks: Vec<Stack>, vcpus: &[Vcpu]) -> Result<Examined, NotQuiet> {
-    quiescence::examine(&ScriptedGuest::with(stacks), machine, vcpus, &ranges())
+    look(&ScriptedGuest::with(stacks), machine, vcpus, &ranges())
+}
+
+/// An examination that nothing hurries.
+fn look(
+    guest: &ScriptedGuest,
+    machine: &Machine,
+    vcpus: &[Vcpu],
+    ranges: &BusyRanges,
+) -> Result<Examined, NotQuiet> {
+    quiescence::examine(guest, machine, vcpus, ranges, &Deadline::none())
 }
 
 fn examine(stacks: Vec<Stack>) -> Result<Examined, NotQuiet> {
@@ -45,6 +58,17 @@ fn busy(result: Result<Examined, NotQuiet>) -> Busy {
 
 fn no_data() -> Unreliable {
     Unreliable::NoUnwindData(Gva(FREE))
+}
+
+#[test]
+fn stacks_are_not_searched_beyond_the_deadline() {
+    let guest = ScriptedGuest::with(vec![sleeping("a", 1, &[FREE])]);
+    let vcpus = [vcpu_in_user_mode(0)];
+    let over = Deadline::within(Duration::ZERO);
+    match quiescence::examine(&guest, &machine(), &vcpus, &ranges(), &over) {
+        Err(NotQuiet::Unknown(AttachError::Late { done: 0, .. })) => {}
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -196,6 +220,7 @@ fn a_clean_scan_settles_nothing_where_registers_or_hidden_places_are_not_known()
         Unreliable::HiddenReturn(Gva(FREE)),
         Unreliable::NoVcpu(3),
         Unreliable::NoTask(0),
+        Unreliable::Unlisted(Missing::Deadline(0)),
         Unreliable::ForeignRegisters(0),
     ];
     for why in whys {
@@ -250,7 +275,7 @@ fn a_vcpu_that_does_not_run_the_kernel_is_busy_and_says_what_it_runs() {
 
     let guest = ScriptedGuest::default();
     guest.lose_vcpus();
-    let found = quiescence::examine(&guest, &machine(), &[vcpu_in_user_mode(0)], &ranges());
+    let found = look(&guest, &machine(), &[vcpu_in_user_mode(0)], &ranges());
     assert_eq!(
         busy(found).findings,
         [expected(0, Elsewhere::NotThatKernel("lost".to_owned()))]
@@ -261,7 +286,7 @@ fn a_vcpu_that_does_not_run_the_kernel_is_busy_and_says_what_it_runs() {
 fn a_guest_that_rewrites_its_own_text_is_busy() {
     let guest = ScriptedGuest::default();
     guest.patch_text("text_mutex is held");
-    let found = busy(quiescence::examine(&guest, &machine(), &[], &ranges()));
+    let found = busy(look(&guest, &machine(), &[], &ranges()));
     assert_eq!(
         found.to_string(),
         "the guest is rewriting its own text: text_mutex is held"
@@ -272,7 +297,7 @@ fn a_guest_that_rewrites_its_own_text_is_busy() {
 fn a_guest_whose_modules_are_no_longer_those_of_the_unwind_tables_is_busy() {
     let guest = ScriptedGuest::default();
     guest.change_modules();
-    let found = busy(quiescence::examine(&guest, &machine(), &[], &ranges()));
+    let found = busy(look(&guest, &machine(), &[], &ranges()));
     assert_eq!(found.findings, [Finding::ModulesChanged]);
 }
 
@@ -283,7 +308,7 @@ fn a_place_to_be_rewritten_outside_any_function_may_be_entered_only_at_its_first
     let site = FIRST.0 + 5;
     let at = |returns: u64| {
         let guest = ScriptedGuest::with(vec![sleeping("x", 1, &[returns])]);
-        quiescence::examine(&guest, &machine(), &[], &ranges)
+        look(&guest, &machine(), &[], &ranges)
     };
     at(site).unwrap();
     busy(at(site + 1));

@@ -430,6 +430,22 @@ fn a_guest_whose_tasks_cannot_be_read_is_refused() {
 }
 
 #[test]
+fn a_look_that_would_outlast_the_lease_is_given_up_and_the_guest_runs_on() {
+    let bench = Bench::new();
+    bench.guest.be_slow();
+    let failure = bench.apply("a").unwrap_err();
+    let said = failure.to_string();
+    assert!(said.contains("only 0 stacks were read in 375ms"), "{said}");
+    assert_eq!(failure.kind(), FailureKind::Refused);
+    assert!(bench.machine.is_running());
+    for edit in sample::verified(&bench.machine, "a").batch() {
+        let mut now = vec![0; edit.old.len()];
+        bench.machine.read(edit.at, &mut now).unwrap();
+        assert!(now == edit.old, "{}", edit.at);
+    }
+}
+
+#[test]
 fn what_is_read_back_is_what_the_change_says() {
     let bench = Bench::new();
     let verified = sample::verified(&bench.machine, "a");

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{Dump, GvaRange, Kernel};
+use vmpatch_introspect::{Deadline, Dump, GvaRange, Kernel};
 use vmpatch_patcher::arena::{BusyKind, BusyRange};
 use vmpatch_patcher::quiescence::{self, BusyRanges, Finding, LiveKernel, NotQuiet, Witness};
 
@@ -66,7 +66,8 @@ impl Guest {
         };
         let ranges = BusyRanges::new([busy].iter(), &[]);
         let vcpus = self.dump.vcpus();
-        match quiescence::examine(&self.witness(), &self.dump, vcpus, &ranges) {
+        let none = Deadline::none();
+        match quiescence::examine(&self.witness(), &self.dump, vcpus, &ranges, &none) {
             Ok(_) => BTreeSet::new(),
             Err(NotQuiet::Busy(busy)) => {
                 assert_eq!(busy.more, 0, "{busy}");

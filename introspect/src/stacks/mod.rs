@@ -9,10 +9,12 @@ mod pairing;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{Gva, GvaRange};
+use crate::deadline::Deadline;
 use crate::kernel::{AttachError, Kernel};
 use crate::paging::KernelMemory;
 use crate::target::PhysicalMemory;
-use crate::tasks::Task;
+use crate::tasks::census::Census;
+use crate::tasks::{Missing, Task};
 use crate::unwind::{Hidden, StackKind, StackPool, StackSpan, Trace, Unreliable, Unwinder};
 use crate::vcpu::Vcpu;
 
@@ -23,7 +25,8 @@ use pairing::{Doing, Pairing};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stack {
     /// Whose it is. `None`: a vCPU stands in the kernel and no known task could be matched to it;
-    /// `vcpu` then names it and the trace is unreliable.
+    /// `vcpu` then names it and the trace is unreliable. Without a `vcpu` too: there are tasks that were not
+    /// found, and the reason in the trace says what shows that.
     pub task: Option<Task>,
     /// The vCPU that runs it now.
     pub vcpu: Option<u32>,
@@ -39,17 +42,20 @@ pub struct Stack {
     pub memory: Vec<GvaRange>,
 }
 
-/// Reads the stacks of all tasks and vCPUs. Bounded: never more tasks than memory could hold.
+/// Reads the stacks of all tasks and vCPUs. Bounded: never more tasks than
+/// [`MOST_TASKS`](crate::tasks::MOST_TASKS) or than memory could hold, and no longer than `deadline`.
 ///
 /// # Errors
-/// The task list, or a place that hides return addresses, cannot be read; nothing is then known.
+/// The task list, or a place that hides return addresses, cannot be read; a place where tasks may be that
+/// are on no task list is not known; or the time ran out. Nothing is then known.
 pub fn all(
     kernel: &Kernel,
     unwinder: &Unwinder,
     physical: &dyn PhysicalMemory,
     vcpus: &[Vcpu],
+    deadline: &Deadline,
 ) -> Result<Vec<Stack>, AttachError> {
-    let tasks = kernel.tasks(physical)?;
+    let Census { tasks, missing } = kernel.every_task(physical, deadline)?;
     let memory = kernel.memory(physical);
     let places = unwinder.places();
     let cpus: Vec<Cpu> = vcpus
@@ -66,8 +72,15 @@ pub fn all(
         pool: StackPool::default(),
         hidden: Hidden::default(),
     };
-    let mut stacks = Vec::with_capacity(tasks.len() + pairing.unmatched.len());
+    let mut stacks = Vec::with_capacity(tasks.len() + pairing.unmatched.len() + 1);
     for (task, doing) in tasks.into_iter().zip(pairing.tasks) {
+        if deadline.is_over() {
+            return Err(AttachError::Late {
+                what: "stacks",
+                done: stacks.len(),
+                allowed: deadline.allowed(),
+            });
+        }
         stacks.push(reader.task(task, doing)?);
     }
     stacks.extend(
@@ -76,7 +89,19 @@ pub fn all(
             .iter()
             .filter_map(|&index| reader.unmatched(index)),
     );
+    stacks.extend(missing.map(nowhere));
     Ok(stacks)
+}
+
+/// In place of the stacks of tasks that were not found.
+fn nowhere(missing: Missing) -> Stack {
+    Stack {
+        task: None,
+        vcpu: None,
+        trace: lost(Unreliable::Unlisted(missing)),
+        hidden_returns: Vec::new(),
+        memory: Vec::new(),
+    }
 }
 
 /// What reading one stack after another needs.

@@ -1,7 +1,14 @@
-//! Tasks as the scheduler knows them. What a task is stands here; [`walk`] finds them all.
+//! Tasks as the scheduler knows them. What a task is stands here; [`walk`] finds them, and [`census`] tells
+//! whether they are all.
 
+pub(crate) mod census;
 pub(crate) mod fields;
+#[cfg(test)]
+mod tests;
 pub(crate) mod walk;
+
+pub use census::Missing;
+pub use walk::MOST_TASKS;
 
 use serde::{Deserialize, Serialize};
 

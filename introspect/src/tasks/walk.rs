@@ -8,9 +8,10 @@
 use std::collections::HashSet;
 
 use crate::address::{Gva, GvaRange};
+use crate::deadline::Deadline;
 use crate::kernel::AttachError;
 use crate::paging::{KernelMemory, ReadError};
-use crate::tasks::fields::{COMM, RealTime, TaskFields};
+use crate::tasks::fields::{COMM, Leaving, RealTime, TaskFields};
 use crate::tasks::{Task, TaskKind};
 
 /// `PF_KTHREAD` (Linux v6.12 include/linux/sched.h).
@@ -19,6 +20,13 @@ const KERNEL_THREAD: u32 = 0x0020_0000;
 /// `MAX_RT_PRIO` (Linux v6.12 include/linux/sched/prio.h) and the size of `struct list_head`.
 const REAL_TIME_PRIORITIES: u64 = 100;
 const LIST_HEAD: u64 = 16;
+
+/// More tasks are refused. Linux itself would bear 4 Mi (v6.12 include/linux/threads.h, PID_MAX_LIMIT), but a
+/// stop would not: each task costs about a microsecond to look at and a kibibyte to keep, so that these take
+/// a quarter of a second and of a gibibyte. A kernel's own default is 32 Ki (PID_MAX_DEFAULT), or 1 Ki a CPU.
+pub const MOST_TASKS: u64 = 256 << 10;
+/// The clock is looked at once for so many nodes.
+const BETWEEN_LOOKS: u64 = 64;
 
 /// Where the lists begin.
 #[derive(Clone, Debug)]
@@ -36,31 +44,34 @@ pub(crate) struct Heads<'a> {
 
 /// A walk under way.
 pub(crate) struct Walk<'a> {
-    memory: KernelMemory<'a>,
+    memory: &'a KernelMemory<'a>,
     fields: &'a TaskFields,
     seen: HashSet<Gva>,
     found: Vec<Task>,
     /// Nodes that may still be visited.
     budget: u64,
+    deadline: &'a Deadline,
 }
 
-/// Every task.
+/// Every task on a list whose place is known.
 ///
 /// # Errors
-/// A list that leads out of memory or never ends.
+/// A list that leads out of memory or never ends, more than [`MOST_TASKS`], or no time left.
 pub(crate) fn all(
-    memory: KernelMemory<'_>,
+    memory: &KernelMemory<'_>,
     fields: &TaskFields,
     heads: &Heads<'_>,
+    deadline: &Deadline,
 ) -> Result<Vec<Task>, AttachError> {
     // A task takes more than 2 KiB on any 64-bit kernel, whatever the guest's own type information says.
-    let most = heads.ram / fields.size.max(2048) + 1;
+    let most = (heads.ram / fields.size.max(2048) + 1).min(MOST_TASKS);
     let mut walk = Walk {
         memory,
         fields,
         seen: HashSet::new(),
         found: Vec::new(),
         budget: most * 4,
+        deadline,
     };
     walk.idle(heads)?;
     walk.listed(heads.init_task)?;
@@ -73,7 +84,7 @@ impl Walk<'_> {
     /// Idle tasks: `init_task` first, which is also the head of the task list.
     fn idle(&mut self, heads: &Heads<'_>) -> Result<(), AttachError> {
         self.add(heads.init_task, TaskKind::Idle)?;
-        let (Some(base), Some(members)) = (heads.run_queues, self.fields.run_queue) else {
+        let (Some(base), Ok(members)) = (heads.run_queues, &self.fields.run_queue) else {
             return Ok(());
         };
         for offset in heads.per_cpu_offset {
@@ -107,10 +118,10 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// What runs or is runnable and was on no list so far: exiting tasks that were preempted. Deadline
-    /// tasks that wait for their CPU are not looked for.
+    /// What runs or is runnable and was on no list so far: exiting tasks that were preempted. Of deadline
+    /// tasks only the one that runs.
     fn run_queues(&mut self, heads: &Heads<'_>) -> Result<(), AttachError> {
-        let (Some(base), Some(members)) = (heads.run_queues, self.fields.run_queue) else {
+        let (Some(base), Ok(members)) = (heads.run_queues, &self.fields.run_queue) else {
             return Ok(());
         };
         for offset in heads.per_cpu_offset {
@@ -121,11 +132,11 @@ impl Walk<'_> {
             if current.0 != 0 {
                 self.add(current, TaskKind::Exiting)?;
             }
-            if let Some((head, node)) = members.fair {
-                self.list(queue.wrapping_add(head), node, TaskKind::Exiting)?;
+            for (head, node) in members.fair.iter().chain(&members.extensible) {
+                self.list(queue.wrapping_add(*head), *node, TaskKind::Exiting)?;
             }
-            if let Some(members) = members.real_time {
-                self.real_time(queue, members)?;
+            if let Ok(members) = &members.real_time {
+                self.real_time(queue, *members)?;
             }
         }
         Ok(())
@@ -146,12 +157,15 @@ impl Walk<'_> {
 
     /// Tasks in the last part of do_exit (Linux v6.12 kernel/rcu/tasks.h, exit_tasks_rcu_start).
     fn exiting(&mut self, heads: &Heads<'_>) -> Result<(), AttachError> {
-        let (Some(base), Some((head, node))) = (heads.exit_lists, self.fields.exit_list) else {
+        let Ok(Leaving::Listed { head, node }) = &self.fields.leaving else {
+            return Ok(());
+        };
+        let Some(base) = heads.exit_lists else {
             return Ok(());
         };
         for offset in heads.per_cpu_offset {
-            let head = base.wrapping_add(*offset).wrapping_add(head);
-            self.list(head, node, TaskKind::Exiting)?;
+            let head = base.wrapping_add(*offset).wrapping_add(*head);
+            self.list(head, *node, TaskKind::Exiting)?;
         }
         Ok(())
     }
@@ -168,21 +182,34 @@ impl Walk<'_> {
     }
 
     fn next(&mut self, node: Gva) -> Result<Gva, AttachError> {
-        let endless = || AttachError::Unsupported {
-            what: "tasks",
-            why: format!("a task list does not end; last node {node}"),
-        };
+        let endless = || unsupported(format!("a task list does not end; last node {node}"));
         self.budget = self.budget.checked_sub(1).ok_or_else(endless)?;
+        if self.budget.is_multiple_of(BETWEEN_LOOKS) && self.deadline.is_over() {
+            return Err(AttachError::Late {
+                what: "tasks",
+                done: self.found.len(),
+                allowed: self.deadline.allowed(),
+            });
+        }
         Ok(self.memory.read_pointer(node)?)
     }
 
-    fn add(&mut self, at: Gva, kind: TaskKind) -> Result<(), ReadError> {
+    fn add(&mut self, at: Gva, kind: TaskKind) -> Result<(), AttachError> {
         if self.seen.insert(at) {
-            let task = read(&self.memory, self.fields, at, kind)?;
+            if self.found.len() as u64 >= MOST_TASKS {
+                let why =
+                    format!("there are more than {MOST_TASKS}, too many to look at in one stop");
+                return Err(unsupported(why));
+            }
+            let task = read(self.memory, self.fields, at, kind)?;
             self.found.push(task);
         }
         Ok(())
     }
+}
+
+const fn unsupported(why: String) -> AttachError {
+    AttachError::Unsupported { what: "tasks", why }
 }
 
 /// One task.
@@ -195,7 +222,7 @@ fn read(
     let word = |offset| memory.read_u32(at.wrapping_add(offset));
     let stack = memory.read_pointer(at.wrapping_add(fields.stack))?;
     let held = fields.stack_refcount.map_or(Ok(1), word)?;
-    let on_cpu = fields.on_cpu.map_or(Ok(0), word)?;
+    let on_cpu = fields.on_cpu.as_ref().map_or(Ok(0), |at| word(*at))?;
     Ok(Task {
         at,
         pid: word(fields.pid)?.cast_signed(),

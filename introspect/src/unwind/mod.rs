@@ -28,6 +28,7 @@ pub use unwinder::Unwinder;
 use serde::{Deserialize, Serialize};
 
 use crate::address::Gva;
+use crate::tasks::Missing;
 
 /// No trace is longer: the kernel's own livepatch gives up beyond 100 frames (Linux v6.12
 /// `kernel/livepatch/transition.c`, `MAX_STACK_ENTRIES`).
@@ -107,6 +108,9 @@ pub enum Unreliable {
     /// The registers of the vCPU are those of system-management mode or of a nested guest.
     #[error("vCPU {0} is in system-management mode or runs a nested guest")]
     ForeignRegisters(u32),
+    /// A stack that is somewhere, of a task that was not found.
+    #[error("not every task was found: {0}")]
+    Unlisted(Missing),
 }
 
 /// The frames of one stack, innermost first, and whether they are all.

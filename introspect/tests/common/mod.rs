@@ -6,7 +6,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vmpatch_introspect::{Dump, Kernel};
+use vmpatch_introspect::target::MemoryError;
+use vmpatch_introspect::{Dump, Gpa, GpaRange, Kernel, PhysicalMemory};
 
 /// A stopped guest and what it said of itself before.
 pub(crate) struct Guest {
@@ -61,5 +62,29 @@ pub(crate) fn each_guest(check: impl Fn(&Guest)) {
         let guest = Guest::open(&folder);
         eprintln!("comparing with {}", guest.name);
         check(&guest);
+    }
+}
+
+/// A guest's memory with other bytes in one place.
+pub(crate) struct Changed<'a> {
+    pub(crate) dump: &'a Dump,
+    pub(crate) at: Gpa,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl PhysicalMemory for Changed<'_> {
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.dump.read(at, into)?;
+        for (place, byte) in (self.at.0..).zip(&self.bytes) {
+            let offset = place.checked_sub(at.0).map(usize::try_from);
+            if let Some(to) = offset.and_then(|offset| into.get_mut(offset.unwrap())) {
+                *to = *byte;
+            }
+        }
+        Ok(())
+    }
+
+    fn ram(&self) -> Vec<GpaRange> {
+        self.dump.ram()
     }
 }

@@ -120,7 +120,7 @@ impl Attempt {
     pub const fn passes(&self) -> bool {
         matches!(
             self,
-            Self::NotQuiet(NotQuiet::Busy(_))
+            Self::NotQuiet(NotQuiet::Busy(_) | NotQuiet::Unknown(AttachError::Late { .. }))
                 | Self::Stop(StopError::Deadline { .. })
                 | Self::Write(WriteError::LeaseExpired)
                 | Self::Resume(ResumeError::LeaseExpired)

@@ -79,8 +79,8 @@ pub mod place;
 pub mod rehearse;
 pub mod retry;
 
-use vmpatch_introspect::StoppedTarget;
 use vmpatch_introspect::target::{ResumeError, StopReport, WriteError};
+use vmpatch_introspect::{Deadline, StoppedTarget};
 
 pub use change::{Change, ChangeError};
 pub use failure::{Attempt, Failure, FailureKind};
@@ -97,6 +97,8 @@ pub struct Stopped<'a> {
     target: Box<dyn StoppedTarget + 'a>,
     change: &'a Change,
     observer: &'a dyn Observer,
+    /// When the lease leaves no more time to look.
+    deadline: Deadline,
 }
 
 /// A stopped guest in which nothing stands in the way of the change.
@@ -144,9 +146,10 @@ impl<'a> Stopped<'a> {
             target,
             change,
             observer,
+            deadline,
         } = self;
-        let examined =
-            quiescence::examine(witness, target.memory(), target.vcpus(), change.busy())?;
+        let (memory, vcpus) = (target.memory(), target.vcpus());
+        let examined = quiescence::examine(witness, memory, vcpus, change.busy(), &deadline)?;
         observer.boundary(Boundary::Checked);
         Ok(Quiet {
             target,

@@ -2,7 +2,7 @@
 //! written is the linker's.
 
 use vmpatch_introspect::target::{ArenaError, MemoryError, StopError, StopRequest};
-use vmpatch_introspect::{Gpa, PhysicalMemory, Target};
+use vmpatch_introspect::{Deadline, Gpa, PhysicalMemory, Target};
 
 use super::Stopped;
 use super::observer::Boundary;
@@ -61,12 +61,14 @@ impl<'a> Placed<'a> {
     /// [`StopError`]; the guest runs on.
     pub fn stop(&self, request: StopRequest) -> Result<Stopped<'_>, StopError> {
         let target = self.vm.stop(request)?;
+        let deadline = Deadline::within(request.examination());
         let observer = self.intent.observer();
         observer.boundary(Boundary::Stopped);
         Ok(Stopped {
             target,
             change: self.intent.change(),
             observer,
+            deadline,
         })
     }
 }

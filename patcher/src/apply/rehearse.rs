@@ -2,7 +2,7 @@
 //! themselves are [`quiescence`](crate::quiescence)'s.
 
 use vmpatch_introspect::target::{Edit, MemoryError, StopReport, StopRequest, WriteError};
-use vmpatch_introspect::{PhysicalMemory, Target};
+use vmpatch_introspect::{Deadline, PhysicalMemory, Target};
 
 use super::change::Change;
 use super::failure::Attempt;
@@ -29,7 +29,9 @@ pub fn rehearse(
     request: StopRequest,
 ) -> Result<Rehearsed, Attempt> {
     let stopped = vm.stop(request)?;
-    let examined = quiescence::examine(witness, stopped.memory(), stopped.vcpus(), change.busy())?;
+    let deadline = Deadline::within(request.examination());
+    let (memory, vcpus) = (stopped.memory(), stopped.vcpus());
+    let examined = quiescence::examine(witness, memory, vcpus, change.busy(), &deadline)?;
     for edit in change.edits() {
         holds_old(stopped.memory(), edit)?;
     }

@@ -17,7 +17,7 @@
 use vmpatch_introspect::stacks::Stack;
 use vmpatch_introspect::unwind::{Frame, Unreliable};
 use vmpatch_introspect::vcpu::{Activity, Vcpu};
-use vmpatch_introspect::{Gva, GvaRange, ReadError};
+use vmpatch_introspect::{AttachError, Deadline, Gva, GvaRange, ReadError};
 
 use super::busy::{Busy, Evidence, Finding, Who};
 use super::ranges::{BusyRanges, Hit};
@@ -33,17 +33,29 @@ const CHUNK: usize = 4096;
 const WORD: u64 = 8;
 
 /// Tests every stack.
+///
+/// # Errors
+/// [`AttachError::Late`]: not all were tested before `deadline`.
 pub fn examine_stacks(
     stacks: &[Stack],
     ranges: &BusyRanges,
     read: &ReadStack<'_>,
+    deadline: &Deadline,
     busy: &mut Busy,
-) {
-    for stack in stacks {
+) -> Result<(), AttachError> {
+    for (done, stack) in stacks.iter().enumerate() {
+        if deadline.is_over() {
+            return Err(AttachError::Late {
+                what: "stacks",
+                done,
+                allowed: deadline.allowed(),
+            });
+        }
         if let Err(finding) = examine(stack, ranges, read) {
             busy.add(*finding);
         }
     }
+    Ok(())
 }
 
 /// Tests the instruction pointer of every vCPU, and that each one in the kernel has a stack among `stacks`.
@@ -153,7 +165,7 @@ fn settle(
 }
 
 /// Whether what a trace may have missed must be a word in the task's stack memory. Not so where the
-/// registers or the hidden places themselves are not known.
+/// registers or the hidden places themselves are not known, nor whose stack it is.
 const fn scan_can_settle(why: &Unreliable) -> bool {
     !matches!(
         why,
@@ -161,6 +173,7 @@ const fn scan_can_settle(why: &Unreliable) -> bool {
             | Unreliable::NoVcpu(_)
             | Unreliable::NoTask(_)
             | Unreliable::ForeignRegisters(_)
+            | Unreliable::Unlisted(_)
     )
 }
 

@@ -6,7 +6,7 @@ pub mod gate;
 pub mod ranges;
 pub mod witness;
 
-use vmpatch_introspect::{AttachError, PhysicalMemory, Vcpu};
+use vmpatch_introspect::{AttachError, Deadline, PhysicalMemory, Vcpu};
 
 pub use busy::{Busy, Elsewhere, Evidence, Finding, TaskName, Who};
 pub use ranges::BusyRanges;
@@ -36,7 +36,8 @@ pub struct Examined {
 }
 
 /// Examines a stopped guest: same boot, every vCPU in that kernel, no text patching in flight, the same modules,
-/// nothing in the busy ranges.
+/// nothing in the busy ranges. All of it before `deadline`, the end of what the stop's lease
+/// leaves for it.
 ///
 /// # Errors
 /// [`NotQuiet`].
@@ -45,6 +46,7 @@ pub fn examine(
     memory: &dyn PhysicalMemory,
     vcpus: &[Vcpu],
     ranges: &BusyRanges,
+    deadline: &Deadline,
 ) -> Result<Examined, NotQuiet> {
     if !witness.same_boot(memory) {
         return Err(NotQuiet::OtherBoot);
@@ -59,9 +61,9 @@ pub fn examine(
     if !busy.is_empty() {
         return Err(NotQuiet::Busy(busy));
     }
-    let stacks = witness.stacks(memory, vcpus)?;
+    let stacks = witness.stacks(memory, vcpus, deadline)?;
     let read = witness.reader(memory);
-    gate::examine_stacks(&stacks, ranges, &*read, &mut busy);
+    gate::examine_stacks(&stacks, ranges, &*read, deadline, &mut busy)?;
     gate::examine_vcpus(vcpus, &stacks, ranges, &mut busy);
     if !busy.is_empty() {
         return Err(NotQuiet::Busy(busy));

@@ -3,7 +3,7 @@
 
 use vmpatch_introspect::stacks::{self, Stack};
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{AttachError, ForeignVcpu, Kernel, PhysicalMemory, Vcpu};
+use vmpatch_introspect::{AttachError, Deadline, ForeignVcpu, Kernel, PhysicalMemory, Vcpu};
 
 use super::busy::Elsewhere;
 use super::gate::ReadStack;
@@ -29,7 +29,8 @@ pub trait Witness {
     /// [`AttachError`]: it cannot be told.
     fn same_modules(&self, memory: &dyn PhysicalMemory) -> Result<bool, AttachError>;
 
-    /// Every stack there is: of listed, idle and exiting tasks, and of vCPUs that match none of them.
+    /// Every stack there is: of listed, idle and exiting tasks, and of vCPUs that match none of them. Read
+    /// before `deadline`, or not at all.
     ///
     /// # Errors
     /// [`AttachError`]: some stacks are then not known.
@@ -37,6 +38,7 @@ pub trait Witness {
         &self,
         memory: &dyn PhysicalMemory,
         vcpus: &[Vcpu],
+        deadline: &Deadline,
     ) -> Result<Vec<Stack>, AttachError>;
 
     /// What reads kernel-virtual memory.
@@ -78,8 +80,9 @@ impl Witness for LiveKernel<'_> {
         &self,
         memory: &dyn PhysicalMemory,
         vcpus: &[Vcpu],
+        deadline: &Deadline,
     ) -> Result<Vec<Stack>, AttachError> {
-        stacks::all(self.kernel, self.unwinder, memory, vcpus)
+        stacks::all(self.kernel, self.unwinder, memory, vcpus, deadline)
     }
 
     fn reader<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> Box<ReadStack<'a>> {

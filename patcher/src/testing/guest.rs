@@ -6,7 +6,9 @@ use std::collections::VecDeque;
 use vmpatch_introspect::stacks::Stack;
 use vmpatch_introspect::tasks::{Task, TaskKind};
 use vmpatch_introspect::unwind::{Frame, FrameKind, Trace, Unreliable};
-use vmpatch_introspect::{AttachError, Gpa, Gva, GvaRange, PhysicalMemory, ReadError, Vcpu};
+use vmpatch_introspect::{
+    AttachError, Deadline, Gpa, Gva, GvaRange, PhysicalMemory, ReadError, Vcpu,
+};
 
 use crate::quiescence::gate::ReadStack;
 use crate::quiescence::{Elsewhere, Witness};
@@ -23,6 +25,7 @@ pub struct ScriptedGuest {
     patching: RefCell<Option<String>>,
     unreadable: Cell<bool>,
     same_modules: Cell<bool>,
+    slow: Cell<bool>,
 }
 
 impl Default for ScriptedGuest {
@@ -48,6 +51,7 @@ impl ScriptedGuest {
             patching: RefCell::default(),
             unreadable: Cell::new(false),
             same_modules: Cell::new(true),
+            slow: Cell::new(false),
         }
     }
 
@@ -74,6 +78,11 @@ impl ScriptedGuest {
     /// Its task list leads nowhere.
     pub fn lose_tasks(&self) {
         self.unreadable.set(true);
+    }
+
+    /// Its stacks are not read before the deadline.
+    pub fn be_slow(&self) {
+        self.slow.set(true);
     }
 }
 
@@ -103,7 +112,15 @@ impl Witness for ScriptedGuest {
         &self,
         _memory: &dyn PhysicalMemory,
         _vcpus: &[Vcpu],
+        deadline: &Deadline,
     ) -> Result<Vec<Stack>, AttachError> {
+        if self.slow.get() {
+            return Err(AttachError::Late {
+                what: "stacks",
+                done: 0,
+                allowed: deadline.allowed(),
+            });
+        }
         if self.unreadable.get() {
             return Err(AttachError::NoKernel("task list".to_owned()));
         }

@@ -2,9 +2,10 @@
 //! the stacks are of one moment.
 
 use serde::Serialize;
-use vmpatch_introspect::Gva;
 use vmpatch_introspect::stacks::{self, Stack};
+use vmpatch_introspect::target::StopRequest;
 use vmpatch_introspect::unwind::{Frame, FrameKind, Unwinder};
+use vmpatch_introspect::{Deadline, Gva};
 
 use super::Names;
 use crate::cli::Stacks;
@@ -55,7 +56,9 @@ pub(super) fn show(asked: &Stacks, output: &Output) -> Result<(), Failure> {
 
 fn of_one_moment(seen: &Live, unwinder: &Unwinder) -> Result<Vec<Stack>, Failure> {
     let stopped = live::patient_stop(seen.vm())?;
-    let stacks = stacks::all(&seen.kernel, unwinder, stopped.memory(), stopped.vcpus());
+    let deadline = Deadline::within(StopRequest::default().examination());
+    let (memory, vcpus) = (stopped.memory(), stopped.vcpus());
+    let stacks = stacks::all(&seen.kernel, unwinder, memory, vcpus, &deadline);
     stopped
         .resume()
         .map_err(|error| Failure::Unreachable(error.to_string()))?;
