@@ -18,6 +18,7 @@ use crate::tasks::{Missing, Task};
 use crate::unwind::{Hidden, StackKind, StackPool, StackSpan, Trace, Unreliable, Unwinder};
 use crate::vcpu::Vcpu;
 
+use calls::Calls;
 use cpu::Cpu;
 use pairing::{Doing, Pairing};
 
@@ -68,7 +69,7 @@ pub fn all(
         memory,
         vcpus,
         cpus: &cpus,
-        init: kernel.layout.init,
+        calls: Calls::new(kernel.layout.init),
         pool: StackPool::default(),
         hidden: Hidden::default(),
     };
@@ -110,8 +111,7 @@ struct Reader<'a> {
     memory: KernelMemory<'a>,
     vcpus: &'a [Vcpu],
     cpus: &'a [Cpu],
-    /// Init text of vmlinux, freed after boot.
-    init: Option<GvaRange>,
+    calls: Calls,
     pool: StackPool,
     hidden: Hidden,
 }
@@ -148,9 +148,10 @@ impl Reader<'_> {
             return (Trace::default(), Vec::new());
         };
         let place = (stack, task.saved_sp);
-        let trace = self
+        let mut trace = self
             .unwinder
             .sleeping(&self.memory, &mut self.pool, place, &self.hidden);
+        self.check_calls(&mut trace);
         (trace, vec![used(stack, task.saved_sp)])
     }
 
@@ -172,13 +173,18 @@ impl Reader<'_> {
         let mut trace = self
             .unwinder
             .running(&self.memory, &mut self.pool, place, &self.hidden);
-        if trace.unreliable.is_none() {
-            trace.unreliable = calls::without_call(&self.memory, self.init, &trace);
-        }
+        self.check_calls(&mut trace);
         if trace.unreliable.is_some() {
             hidden_returns.extend(vcpu.general.iter().map(|&word| Gva(word)));
         }
         (trace, self.in_use(&spans, vcpu))
+    }
+
+    /// What leads to a place that no call left did not come from there.
+    fn check_calls(&mut self, trace: &mut Trace) {
+        if trace.unreliable.is_none() {
+            trace.unreliable = self.calls.missing(&self.memory, trace);
+        }
     }
 
     /// On a task's own stack nothing of the CPU's stacks is in use; on one of those, any may be. Stacks

@@ -87,7 +87,7 @@ pub enum Unreliable {
     /// A return address was replaced by a trampoline, and where the kernel keeps the real one it is not.
     #[error("the return address behind trampoline {0} was not found")]
     HiddenReturn(Gva),
-    /// No call stands before a return address of a running vCPU.
+    /// No call stands before a return address.
     #[error("no call stands before return address {0}")]
     NoCallBefore(Gva),
     /// More frames than any real stack has.
