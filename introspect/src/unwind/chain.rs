@@ -7,7 +7,7 @@ use crate::address::Gva;
 
 use super::hidden::Hidden;
 use super::memory::{StackKind, StackMemory, StackSpan};
-use super::{Frame, FrameKind, MAX_FRAMES, Trace, Unreliable, Unwinder, pt_regs};
+use super::{Frame, FrameKind, Trace, Unreliable, Unwinder, pt_regs};
 
 /// Bytes of a frame: the saved frame pointer and the return address.
 const HEADER: u64 = 16;
@@ -38,11 +38,6 @@ enum Place {
     Regs(u64),
 }
 
-enum Next {
-    Frame(Frame),
-    End,
-}
-
 impl<'a, 'm> Chain<'a, 'm> {
     /// `first` is a frame pointer, `floor` the stack pointer that it must not lie below.
     pub(crate) fn new(
@@ -66,37 +61,17 @@ impl<'a, 'm> Chain<'a, 'm> {
     /// All frames, innermost first. `running` is the RIP and RSP of a vCPU, whose function may not have
     /// set up its frame.
     pub(crate) fn trace(mut self, running: Option<Frame>) -> Trace {
-        let mut frames = Vec::with_capacity(16);
-        if let Some(frame) = running {
-            self.doubt = Some(Unreliable::Preempted(frame.at));
-            frames.push(frame);
-        }
-        while frames.len() < MAX_FRAMES {
-            match self.next() {
-                Ok(Next::Frame(frame)) => frames.push(frame),
-                Ok(Next::End) => {
-                    return Trace {
-                        frames,
-                        unreliable: self.doubt,
-                    };
-                }
-                Err(reason) => {
-                    return Trace {
-                        frames,
-                        unreliable: Some(self.doubt.unwrap_or(reason)),
-                    };
-                }
-            }
-        }
-        let unreliable = Some(self.doubt.unwrap_or(Unreliable::TooDeep(MAX_FRAMES)));
-        Trace { frames, unreliable }
+        self.doubt = running
+            .as_ref()
+            .map(|frame| Unreliable::Preempted(frame.at));
+        Trace::collect(running, || self.next()).doubted(self.doubt)
     }
 
-    fn next(&mut self) -> Result<Next, Unreliable> {
+    fn next(&mut self) -> Result<Option<Frame>, Unreliable> {
         let place = self.place;
         let pointer = match place {
             Place::Before(first) => first,
-            Place::Header(at) if self.is_last(at)? => return Ok(Next::End),
+            Place::Header(at) if self.is_last(at)? => return Ok(None),
             Place::Header(at) => self.memory.word(at)?,
             Place::Regs(at) => self.memory.word(at.wrapping_add(pt_regs::BP))?,
         };
@@ -118,22 +93,22 @@ impl<'a, 'm> Chain<'a, 'm> {
         }
     }
 
-    fn regs(&mut self, at: u64) -> Result<Next, Unreliable> {
+    fn regs(&mut self, at: u64) -> Result<Option<Frame>, Unreliable> {
         self.place = Place::Regs(at);
         if self.memory.word(at.wrapping_add(pt_regs::CS))? & 3 != 0 {
-            return Ok(Next::End);
+            return Ok(None);
         }
         let ip = self.memory.word(at.wrapping_add(pt_regs::IP))?;
         let sp = self.memory.word(at.wrapping_add(pt_regs::SP))?;
         self.doubt.get_or_insert(Unreliable::Preempted(Gva(ip)));
-        Ok(Next::Frame(Frame {
+        Ok(Some(Frame {
             at: Gva(ip),
             kind: FrameKind::Interrupted,
             sp: Gva(sp),
         }))
     }
 
-    fn header(&mut self, at: u64) -> Result<Next, Unreliable> {
+    fn header(&mut self, at: u64) -> Result<Option<Frame>, Unreliable> {
         self.place = Place::Header(at);
         let slot = at.wrapping_add(8);
         let found = self.memory.word(slot)?;
@@ -147,7 +122,7 @@ impl<'a, 'm> Chain<'a, 'm> {
         if !self.unwinder.knows(frame.lookup()) {
             self.doubt.get_or_insert(Unreliable::NoUnwindData(at));
         }
-        Ok(Next::Frame(frame))
+        Ok(Some(frame))
     }
 
     /// The last frame lies right below the `struct pt_regs` at the top of a task's stack, or a little lower

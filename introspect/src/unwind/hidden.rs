@@ -28,6 +28,21 @@ pub(crate) struct Hooked {
     pub(crate) real: u64,
 }
 
+impl Hooked {
+    /// The call that is kept at `at`, by the offsets of its two members.
+    fn read(
+        memory: &KernelMemory<'_>,
+        at: u64,
+        (slot, real): (u64, u64),
+    ) -> Result<Self, ReadError> {
+        let word = |offset| memory.read_u64(Gva(at.wrapping_add(offset)));
+        Ok(Self {
+            slot: word(slot)?,
+            real: word(real)?,
+        })
+    }
+}
+
 /// All hooked calls of one task.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Hidden {
@@ -169,18 +184,8 @@ fn function(symbols: &Symbols, name: &str) -> Option<GvaRange> {
 }
 
 fn graph_layout(types: &Types) -> Option<GraphLayout> {
-    let task = |path| {
-        types
-            .member("task_struct", path)
-            .ok()
-            .map(|member| member.offset)
-    };
-    let frame = |path| {
-        types
-            .member("ftrace_ret_stack", path)
-            .ok()
-            .map(|member| member.offset)
-    };
+    let task = |path| types.offset_of("task_struct", path).ok();
+    let frame = |path| types.offset_of("ftrace_ret_stack", path).ok();
     Some(GraphLayout {
         stack: task("ret_stack")?,
         current: task("curr_ret_stack")?,
@@ -193,36 +198,28 @@ fn graph_layout(types: &Types) -> Option<GraphLayout> {
 
 /// Linux v6.12 `include/linux/rethook.h`.
 fn rethook_layout(types: &Types) -> Option<ListLayout> {
-    let node = |path| {
-        types
-            .member("rethook_node", path)
-            .ok()
-            .map(|member| member.offset)
-    };
-    Some(ListLayout {
-        head: types.member("task_struct", "rethooks.first").ok()?.offset,
-        node: node("llist")?,
-        real: node("ret_addr")?,
-        slot: node("frame")?,
-    })
+    list_layout(types, "rethooks.first", "rethook_node", "frame")
 }
 
 /// Linux v5.15 `include/linux/kprobes.h`.
 fn kretprobe_layout(types: &Types) -> Option<ListLayout> {
-    let instance = |path| {
-        types
-            .member("kretprobe_instance", path)
-            .ok()
-            .map(|member| member.offset)
-    };
+    list_layout(
+        types,
+        "kretprobe_instances.first",
+        "kretprobe_instance",
+        "fp",
+    )
+}
+
+/// A list from `head` in a task through items of type `item`, `slot` in which says where on the stack the
+/// return address stood.
+fn list_layout(types: &Types, head: &str, item: &str, slot: &str) -> Option<ListLayout> {
+    let member = |path| types.offset_of(item, path).ok();
     Some(ListLayout {
-        head: types
-            .member("task_struct", "kretprobe_instances.first")
-            .ok()?
-            .offset,
-        node: instance("llist")?,
-        real: instance("ret_addr")?,
-        slot: instance("fp")?,
+        head: types.offset_of("task_struct", head).ok()?,
+        node: member("llist")?,
+        real: member("ret_addr")?,
+        slot: member(slot)?,
     })
 }
 
@@ -291,10 +288,7 @@ impl GraphLayout {
     }
 
     fn frame(&self, memory: &KernelMemory<'_>, at: u64) -> Result<Hooked, ReadError> {
-        Ok(Hooked {
-            slot: memory.read_u64(Gva(at.wrapping_add(self.slot)))?,
-            real: memory.read_u64(Gva(at.wrapping_add(self.real)))?,
-        })
+        Hooked::read(memory, at, (self.slot, self.real))
     }
 }
 
@@ -315,10 +309,7 @@ impl ListLayout {
                 return Err(ReadError::NotMapped(Gva(node)));
             }
             let item = node.wrapping_sub(self.node);
-            into.push(Hooked {
-                slot: memory.read_u64(Gva(item.wrapping_add(self.slot)))?,
-                real: memory.read_u64(Gva(item.wrapping_add(self.real)))?,
-            });
+            into.push(Hooked::read(memory, item, (self.slot, self.real))?);
             node = memory.read_u64(Gva(node))?;
         }
         Ok(())

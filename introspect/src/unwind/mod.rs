@@ -7,6 +7,12 @@
 //!                                                 ▼
 //!   a stack ── memory: one plain copy ──▶ walk (by ORC) or chain (by frame pointers) ──▶ Trace
 //! ```
+//!
+//! Code that a patch put into the arena lies in no text of the kernel's and has no unwind data. A stack with
+//! a frame there keeps the frames up to it, goes on by guess, and is unreliable
+//! ([`NoUnwindData`](Unreliable::NoUnwindData)): whoever must know what stands on it reads every word of its
+//! memory. So a task that sleeps in a patched function does not block other patches, unless a word of its
+//! stack, stale or not, points into what they change.
 
 mod chain;
 mod hidden;
@@ -120,4 +126,30 @@ pub struct Trace {
     pub frames: Vec<Frame>,
     /// `None`: complete to the entry from user mode or the first function of the thread.
     pub unreliable: Option<Unreliable>,
+}
+
+impl Trace {
+    /// The frames from `first` on that `next` gives one after another, `None` after the outermost.
+    fn collect(
+        first: Option<Frame>,
+        mut next: impl FnMut() -> Result<Option<Frame>, Unreliable>,
+    ) -> Self {
+        let mut frames = Vec::with_capacity(16);
+        frames.extend(first);
+        let unreliable = loop {
+            match next() {
+                Ok(Some(frame)) if frames.len() < MAX_FRAMES => frames.push(frame),
+                Ok(Some(_)) => break Some(Unreliable::TooDeep(MAX_FRAMES)),
+                Ok(None) => break None,
+                Err(reason) => break Some(reason),
+            }
+        };
+        Self { frames, unreliable }
+    }
+
+    /// A doubt that arose on the way comes before what ended it.
+    fn doubted(mut self, doubt: Option<Unreliable>) -> Self {
+        self.unreliable = doubt.or(self.unreliable);
+        self
+    }
 }

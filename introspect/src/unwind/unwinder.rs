@@ -141,17 +141,6 @@ impl Unwinder {
         unwinder
     }
 
-    /// More text whose functions keep frames as `entries` say, stored in the guest kernel's own format, 6
-    /// bytes for each of `ips`: the arena's own code. With tables that are not well formed, or none, its
-    /// frames come out as [`NoUnwindData`](super::Unreliable::NoUnwindData).
-    pub fn add_text(&mut self, text: GvaRange, ips: &[Gva], entries: &[u8]) {
-        let ips: Vec<u64> = ips.iter().map(|ip| ip.0).collect();
-        let table = self
-            .format
-            .and_then(|format| Table::new(format, &ips, entries).ok());
-        self.insert(text, table);
-    }
-
     /// How ORC entries of this kernel are stored; `None` for a kernel without ORC.
     #[must_use]
     pub const fn orc_format(&self) -> Option<Format> {

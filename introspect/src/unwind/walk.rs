@@ -8,7 +8,7 @@ use crate::address::{Gva, GvaRange};
 use super::hidden::{Hidden, Hooks};
 use super::memory::{StackKind, StackMemory};
 use super::orc::{Base, Entry, Kind};
-use super::{Frame, FrameKind, MAX_FRAMES, Trace, Unreliable, pt_regs};
+use super::{Frame, FrameKind, Trace, Unreliable, pt_regs};
 
 /// Above the last frame of a stack there is at most a `struct pt_regs` and some padding (Linux v6.12
 /// `arch/x86/include/asm/thread_info.h`, `TOP_OF_KERNEL_STACK_PADDING`).
@@ -103,31 +103,22 @@ impl<'a, 'm> Walk<'a, 'm> {
 
     /// All frames, innermost first.
     pub(crate) fn trace(mut self) -> Trace {
-        let mut frames = Vec::with_capacity(16);
-        while frames.len() < MAX_FRAMES {
-            frames.push(Frame {
-                at: Gva(self.ip),
-                kind: self.kind,
-                sp: Gva(self.sp),
-            });
-            match self.step() {
-                Ok(Step::Frame) => {}
-                Ok(Step::End) => {
-                    return Trace {
-                        frames,
-                        unreliable: self.doubt,
-                    };
-                }
-                Err(reason) => {
-                    return Trace {
-                        frames,
-                        unreliable: Some(self.doubt.unwrap_or(reason)),
-                    };
-                }
-            }
+        let first = self.frame();
+        Trace::collect(Some(first), || {
+            Ok(match self.step()? {
+                Step::Frame => Some(self.frame()),
+                Step::End => None,
+            })
+        })
+        .doubted(self.doubt)
+    }
+
+    const fn frame(&self) -> Frame {
+        Frame {
+            at: Gva(self.ip),
+            kind: self.kind,
+            sp: Gva(self.sp),
         }
-        let unreliable = Some(self.doubt.unwrap_or(Unreliable::TooDeep(MAX_FRAMES)));
-        Trace { frames, unreliable }
     }
 
     fn step(&mut self) -> Result<Step, Unreliable> {
