@@ -224,40 +224,17 @@ fn kernel_half(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::address::GpaRange;
+    use crate::flat::Ram;
     use crate::roots::Roots;
-    use crate::target::MemoryError;
+    use crate::vcpu::test_vcpu;
 
     /// RAM of 1 MiB with words set by hand.
-    struct Ram(Vec<u8>);
-
-    impl Ram {
-        fn new(words: &[(u64, u64)]) -> Self {
-            let mut ram = vec![0; 1 << 20];
-            for (at, word) in words {
-                ram[*at as usize..][..8].copy_from_slice(&word.to_le_bytes());
-            }
-            Self(ram)
+    fn with_words(words: &[(u64, u64)]) -> Ram<Vec<u8>> {
+        let mut ram = vec![0; 1 << 20];
+        for (at, word) in words {
+            ram[*at as usize..][..8].copy_from_slice(&word.to_le_bytes());
         }
-    }
-
-    impl PhysicalMemory for Ram {
-        fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
-            let start = usize::try_from(at.0).unwrap();
-            let found = self.0.get(start..start.saturating_add(into.len()));
-            into.copy_from_slice(found.ok_or(MemoryError::NotBacked {
-                at,
-                len: into.len(),
-            })?);
-            Ok(())
-        }
-
-        fn ram(&self) -> Vec<GpaRange> {
-            vec![GpaRange {
-                start: Gpa(0),
-                end: Gpa(1 << 20),
-            }]
-        }
+        Ram(ram)
     }
 
     const IDT: Gva = Gva(0xffff_ffff_ffe0_0000);
@@ -266,32 +243,19 @@ mod tests {
     fn vcpu(index: u32, cr3: u64) -> Vcpu {
         Vcpu {
             index,
-            activity: Activity::Running,
-            general: [0; 16],
-            rip: Gva(0),
-            rflags: 2,
             cs: 0x33,
             ss: 0x2b,
             cpl: 3,
-            fs_base: Gva(0),
-            gs_base: Gva(0),
-            kernel_gs_base: None,
             cr0: CR0_PAGING,
-            cr2: 0,
             cr3,
-            cr4: 0,
             efer: EFER_LONG_MODE_ACTIVE,
             idt_base: IDT,
-            gdt_base: Gva(0),
-            tss_base: Gva(0),
-            lstar: None,
-            smm: false,
-            nested_guest: false,
+            ..test_vcpu(0, 0, 0)
         }
     }
 
     /// Two KPTI pairs of roots at 0x2000 and 0x4000, all mapping the IDT and the handler.
-    fn guest() -> Ram {
+    fn guest() -> Ram<Vec<u8>> {
         let handler = HANDLER.0;
         let gate = [
             (handler & 0xffff) | (handler >> 16 & 0xffff) << 48,
@@ -304,7 +268,7 @@ mod tests {
         words.extend([(0x1_2000, 0x2_0001), (0x1_2008, 0x2_1001)]);
         words.extend([(0x2_00e0, gate[0]), (0x2_00e8, gate[1])]);
         words.extend([0x2000, 0x3000, 0x4000, 0x5000].map(|root| (root + 511 * 8, 0x1_0001)));
-        Ram::new(&words)
+        with_words(&words)
     }
 
     #[test]

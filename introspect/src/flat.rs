@@ -78,8 +78,22 @@ impl Flat {
 
 impl PhysicalMemory for Flat {
     fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        Ram(&self.ram).read(at, into)
+    }
+
+    fn ram(&self) -> Vec<GpaRange> {
+        Ram(&self.ram).ram()
+    }
+}
+
+/// Bytes as the RAM of a machine, from guest-physical zero on.
+pub(crate) struct Ram<B>(pub(crate) B);
+
+impl<B: AsRef<[u8]>> PhysicalMemory for Ram<B> {
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        let ram = self.0.as_ref();
         let start = usize::try_from(at.0).ok();
-        let found = start.and_then(|start| self.ram.get(start..start.checked_add(into.len())?));
+        let found = start.and_then(|start| ram.get(start..start.checked_add(into.len())?));
         into.copy_from_slice(found.ok_or(MemoryError::NotBacked {
             at,
             len: into.len(),
@@ -90,7 +104,7 @@ impl PhysicalMemory for Flat {
     fn ram(&self) -> Vec<GpaRange> {
         vec![GpaRange {
             start: Gpa(0),
-            end: Gpa(self.ram.len() as u64),
+            end: Gpa(self.0.as_ref().len() as u64),
         }]
     }
 }

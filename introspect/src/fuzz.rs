@@ -1,11 +1,11 @@
 //! Ways in for fuzz targets: each takes hostile bytes and must neither panic nor run without bound. Not
 //! part of the interface.
 
-use crate::address::{Gpa, GpaRange, Gva};
-use crate::flat::{BASE, Flat};
+use crate::address::{Gpa, Gva};
+use crate::flat::{BASE, Flat, Ram};
 use crate::paging::{AddressSpace, KernelMemory};
 use crate::symbols::kallsyms::{self, Evidence};
-use crate::target::{MemoryError, PhysicalMemory};
+use crate::target::PhysicalMemory;
 use crate::types::Types;
 
 /// Bytes as the read-only data of a kernel: searched for kallsyms. What is found must be consistent.
@@ -48,27 +48,6 @@ pub fn page_walk(bytes: &[u8]) {
         let _ = space.translate(&ram, at);
         let _ = space.hole(&ram, at);
         let _ = KernelMemory::new(&ram, space).read(at, &mut [0; 8192]);
-    }
-}
-
-struct Ram<'a>(&'a [u8]);
-
-impl PhysicalMemory for Ram<'_> {
-    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
-        let start = usize::try_from(at.0).ok();
-        let found = start.and_then(|start| self.0.get(start..start.checked_add(into.len())?));
-        into.copy_from_slice(found.ok_or(MemoryError::NotBacked {
-            at,
-            len: into.len(),
-        })?);
-        Ok(())
-    }
-
-    fn ram(&self) -> Vec<GpaRange> {
-        vec![GpaRange {
-            start: Gpa(0),
-            end: Gpa(self.0.len() as u64),
-        }]
     }
 }
 

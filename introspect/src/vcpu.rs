@@ -90,3 +90,34 @@ impl Vcpu {
         self.cpl == 0
     }
 }
+
+/// A vCPU in the kernel with these three registers, for tests.
+#[cfg(test)]
+pub(crate) fn test_vcpu(rip: u64, rsp: u64, rbp: u64) -> Vcpu {
+    let mut general = [0; 16];
+    (general[4], general[5]) = (rsp, rbp);
+    Vcpu {
+        index: 0,
+        activity: Activity::Running,
+        general,
+        rip: Gva(rip),
+        rflags: 2,
+        cs: 0x10,
+        ss: 0x18,
+        cpl: 0,
+        fs_base: Gva(0),
+        gs_base: Gva(0),
+        kernel_gs_base: None,
+        cr0: 0,
+        cr2: 0,
+        cr3: 0,
+        cr4: 0,
+        efer: 0,
+        idt_base: Gva(0),
+        gdt_base: Gva(0),
+        tss_base: Gva(0),
+        lstar: None,
+        smm: false,
+        nested_guest: false,
+    }
+}

@@ -1,5 +1,6 @@
 //! Dumps of guests that have all symbols, attached to as if they had text symbols only: what is then
-//! found by evidence must equal what the symbols say. Skipped, loudly, without `VMPATCH_DUMPS`.
+//! found by evidence must equal what the symbols say. Skipped, loudly, without `VMPATCH_DUMPS` and where
+//! none of the dumps there is of a kernel with symbols of data.
 
 use std::fs;
 
@@ -41,18 +42,26 @@ fn each_dump(check: impl Fn(&str, &Dump, &Kernel, &Kernel)) {
         eprintln!("SKIPPED: VMPATCH_DUMPS names no folder of guest dumps; nothing was compared");
         return;
     };
-    for entry in fs::read_dir(folder).unwrap() {
-        let folder = entry.unwrap().path();
-        if !folder.join("ram.bin").exists() {
-            continue;
-        }
+    let mut compared = 0;
+    let entries = fs::read_dir(&folder).unwrap();
+    let folders = entries.map(|entry| entry.unwrap().path());
+    for folder in folders.filter(|folder| folder.join("ram.bin").exists()) {
         let dump = Dump::open(&folder).unwrap();
         let whole = Kernel::attach(&dump, dump.vcpus()).unwrap();
+        if whole.symbols.unique("init_task").is_err() {
+            let name = folder.display();
+            eprintln!("SKIPPED: {name} is of a kernel without symbols of data, to compare with");
+            continue;
+        }
+        compared += 1;
         let found = find::find(&dump, dump.vcpus()).unwrap();
         let memory = KernelMemory::new(&dump, found.space);
         let regions = image::regions(&memory, found.page_fault).unwrap();
         let lean = Kernel::of_symbols(&dump, &found, &regions, text_only(&whole)).unwrap();
         check(&folder.display().to_string(), &dump, &whole, &lean);
+    }
+    if compared == 0 {
+        eprintln!("SKIPPED: no dump in {} to compare with", folder.display());
     }
 }
 

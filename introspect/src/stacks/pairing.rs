@@ -211,7 +211,7 @@ mod tests {
     }
 
     fn vcpu(cpl: u8, rip: u64, rsp: u64) -> Vcpu {
-        let mut vcpu = crate::unwind::test_vcpu(rip, rsp, 0);
+        let mut vcpu = crate::vcpu::test_vcpu(rip, rsp, 0);
         vcpu.cpl = cpl;
         vcpu
     }

@@ -27,8 +27,6 @@ mod walk;
 
 pub use hidden::Hidden;
 pub use memory::{StackKind, StackPool, StackSource, StackSpan};
-#[cfg(test)]
-pub(crate) use tests::vcpu as test_vcpu;
 pub use unwinder::Unwinder;
 
 use serde::{Deserialize, Serialize};

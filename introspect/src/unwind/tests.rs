@@ -7,7 +7,7 @@ use super::orc::raw::ENTRY_SIZE;
 use super::orc::{Base, Format, Kind};
 use super::*;
 use crate::address::GvaRange;
-use crate::vcpu::{Activity, Vcpu};
+use crate::vcpu::{Vcpu, test_vcpu};
 
 const TEXT: u64 = 0xffff_ffff_8100_0000;
 const TASK: u64 = 0xffff_c900_0000_4000;
@@ -75,35 +75,6 @@ fn first_function() -> GvaRange {
 
 fn within(function: u64) -> u64 {
     TEXT + function * 0x100 + 0x20
-}
-
-pub(crate) fn vcpu(rip: u64, rsp: u64, rbp: u64) -> Vcpu {
-    let mut general = [0; 16];
-    (general[4], general[5]) = (rsp, rbp);
-    Vcpu {
-        index: 0,
-        activity: Activity::Running,
-        general,
-        rip: Gva(rip),
-        rflags: 2,
-        cs: 0x10,
-        ss: 0x18,
-        cpl: 0,
-        fs_base: Gva(0),
-        gs_base: Gva(0),
-        kernel_gs_base: None,
-        cr0: 0,
-        cr2: 0,
-        cr3: 0,
-        cr4: 0,
-        efer: 0,
-        idt_base: Gva(0),
-        gdt_base: Gva(0),
-        tss_base: Gva(0),
-        lstar: None,
-        smm: false,
-        nested_guest: false,
-    }
 }
 
 fn sleeping(unwinder: &Unwinder, words: &[(u64, u64)], saved_sp: u64) -> Trace {
@@ -254,7 +225,7 @@ fn a_cpu_in_an_interrupt_is_traced_over_both_stacks() {
         (regs + 152, TASK + SIZE - 176),
         (TASK + SIZE - 176, within(4)),
     ];
-    let trace = running(&unwinder, &words, &vcpu(within(0), top - 8, 0));
+    let trace = running(&unwinder, &words, &test_vcpu(within(0), top - 8, 0));
     assert_eq!(
         ips(&trace),
         [within(0), within(1), within(2), TEXT + 0x300, within(4)]
@@ -270,10 +241,10 @@ fn registers_of_user_mode_end_a_trace_only_at_the_top_of_a_stack() {
     let unwinder = kernel(&[entry((SP, 0), (0, 0), PARTIAL)]);
     let at_top = TASK + SIZE - 40;
     let user = |at: u64| vec![(at, 0x40_1000), (at + 8, 0x33), (at + 24, 0x7fff_0000)];
-    let trace = running(&unwinder, &user(at_top), &vcpu(within(0), at_top, 0));
+    let trace = running(&unwinder, &user(at_top), &test_vcpu(within(0), at_top, 0));
     assert_eq!((ips(&trace), trace.unreliable), (vec![within(0)], None));
     let low = TASK + 0x800;
-    let trace = running(&unwinder, &user(low), &vcpu(within(0), low, 0));
+    let trace = running(&unwinder, &user(low), &test_vcpu(within(0), low, 0));
     assert!(matches!(trace.unreliable, Some(Unreliable::EndsEarly(_))));
 }
 
@@ -292,7 +263,7 @@ fn a_stray_stack_pointer_in_saved_registers_ends_the_trace() {
         (regs + 152, 5),
         (TASK + 0x1008, within(1)),
     ];
-    let trace = running(&unwinder, &words, &vcpu(within(0), regs, 0));
+    let trace = running(&unwinder, &words, &test_vcpu(within(0), regs, 0));
     assert_eq!(ips(&trace), [within(0), within(1)]);
     assert_eq!(
         trace.unreliable,
@@ -391,7 +362,7 @@ proptest! {
         let both = [TASK + SIZE - 2048, IRQ + SIZE - 2048];
         let words: Vec<_> = words.iter().enumerate()
             .map(|(i, &word)| (both[i / 256] + (i as u64 % 256) * 8, word)).collect();
-        let trace = running(&unwinder, &words, &vcpu(start.0, start.1 & !7, start.2));
+        let trace = running(&unwinder, &words, &test_vcpu(start.0, start.1 & !7, start.2));
         prop_assert!(trace.frames.len() <= MAX_FRAMES);
         let trace = sleeping(&unwinder, &words, start.1);
         prop_assert!(trace.frames.len() <= MAX_FRAMES);
