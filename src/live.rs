@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use vmpatch_introspect::modules::Module;
+use vmpatch_introspect::stacks::Sleepers;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{AttachError, Deadline, GpaRange, Kernel, Roots, Target, Vcpu};
-use vmpatch_patcher::quiescence::{LiveKernel, Witness};
+use vmpatch_patcher::quiescence::LiveKernel;
 use vmpatch_vmm::client::{self, KvmTarget};
 
 use crate::exit::Failure;
@@ -106,33 +107,41 @@ impl Live {
     }
 }
 
-/// A kernel's unwind tables and its modules', copied out for use inside a stop.
-pub(crate) struct Tables(Unwinder);
+/// What the stack gate needs and can be had while the guest runs: unwind tables of the kernel and its modules, and the stacks of
+/// the tasks that sleep.
+pub(crate) struct Tables {
+    unwinder: Unwinder,
+    sleepers: Sleepers,
+}
 
 impl Tables {
-    /// Copies them.
+    /// Copies the tables.
     pub(crate) fn load(live: &Live) -> Result<Self, Failure> {
-        Ok(Self(load(live)?))
+        Ok(Self {
+            unwinder: load(live)?,
+            sleepers: Sleepers::default(),
+        })
     }
 
-    /// Makes ready for a stop that follows at once: tables of modules that have come or gone meanwhile, and every page that the
-    /// stop will look at in this program's own page tables and near its processor. What cannot be read now, while the guest
-    /// changes it, the stop itself will judge.
+    /// Makes ready for a stop that follows at once. What cannot be read now, while the guest changes it, the stop itself will read
+    /// and judge.
     pub(crate) fn refresh(&mut self, live: &Live) {
-        if !matches!(self.0.is_current(&live.kernel, live.vm()), Ok(true))
+        let (kernel, vm) = (&live.kernel, live.vm());
+        if !matches!(self.unwinder.is_current(kernel, vm), Ok(true))
             && let Ok(newer) = load(live)
         {
-            self.0 = newer;
+            self.unwinder = newer;
         }
         let as_in_a_stop = Deadline::within(StopRequest::default().examination());
-        drop(self.witness(live).stacks(live.vm(), &[], &as_in_a_stop));
+        self.sleepers = Sleepers::read(kernel, &self.unwinder, vm, &as_in_a_stop);
     }
 
     /// What the stack gate asks.
     pub(crate) fn witness<'a>(&'a self, live: &'a Live) -> LiveKernel<'a> {
         LiveKernel {
             kernel: &live.kernel,
-            unwinder: &self.0,
+            unwinder: &self.unwinder,
+            sleepers: Some(&self.sleepers),
         }
     }
 }

@@ -181,6 +181,11 @@ impl Kernel {
         census::take(&self.memory(physical), fields, &heads, deadline)
     }
 
+    /// Where the members of a task lie, where that is known.
+    pub(crate) fn task_fields(&self) -> Option<&TaskFields> {
+        self.task_fields.as_ref().ok()
+    }
+
     fn task_lists(
         &self,
         physical: &dyn PhysicalMemory,

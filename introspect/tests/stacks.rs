@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use common::{Changed, Guest, each_guest};
 use vmpatch_introspect::modules::Module;
-use vmpatch_introspect::stacks::{self, Stack};
+use vmpatch_introspect::stacks::{self, Sleepers, Stack};
+use vmpatch_introspect::target::MemoryError;
 use vmpatch_introspect::tasks::Missing;
 use vmpatch_introspect::unwind::{Frame, FrameKind, Unreliable, Unwinder};
-use vmpatch_introspect::{AttachError, Deadline};
+use vmpatch_introspect::{AttachError, Deadline, Gpa, GpaRange, Gva, PhysicalMemory};
 
 struct Seen<'a> {
     guest: &'a Guest,
@@ -254,5 +255,118 @@ fn a_task_that_sleeps_on_no_list_makes_the_stacks_incomplete() {
             "{}",
             guest.name
         );
+    });
+}
+
+/// Every stack, those of sleepers read before.
+fn all_after(guest: &Guest, memory: &dyn PhysicalMemory, before: &Sleepers) -> Vec<Stack> {
+    let (kernel, vcpus, none) = (&guest.kernel, guest.dump.vcpus(), Deadline::none());
+    let modules = kernel.modules(&guest.dump).unwrap();
+    let unwinder = Unwinder::load(kernel, &guest.dump, &modules).unwrap();
+    stacks::all_but(kernel, &unwinder, memory, vcpus, &none, before).unwrap()
+}
+
+fn sleepers(guest: &Guest) -> Sleepers {
+    let modules = guest.kernel.modules(&guest.dump).unwrap();
+    let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &modules).unwrap();
+    Sleepers::read(&guest.kernel, &unwinder, &guest.dump, &Deadline::none())
+}
+
+#[test]
+fn stacks_read_before_the_stop_are_those_of_the_stop() {
+    each_guest(|guest| {
+        let plain = Seen::new(guest).stacks;
+        let before = sleepers(guest);
+        let asleep = plain.iter().filter(|stack| stack.vcpu.is_none()).count();
+        assert!(
+            before.len() * 10 > asleep * 9,
+            "{}: {} of {asleep}",
+            guest.name,
+            before.len()
+        );
+        assert_eq!(all_after(guest, &guest.dump, &before), plain);
+        let left = before.len();
+        assert!(left * 10 < asleep, "{left} of them were not taken");
+    });
+}
+
+/// Where the saved stack pointer of the task leads: the return address of its innermost frame.
+fn innermost(guest: &Guest, stack: &Stack) -> (Gpa, Gva) {
+    let frame = stack.trace.frames.first().unwrap();
+    let sp = stack.task.as_ref().unwrap().saved_sp;
+    let memory = guest.kernel.memory(&guest.dump);
+    let words = (0..16).map(|word| sp.wrapping_add(word * 8));
+    let at = words
+        .into_iter()
+        .find(|at| memory.read_pointer(*at).unwrap() == frame.at)
+        .unwrap();
+    (memory.physical_of(at).unwrap(), at)
+}
+
+/// Memory in which a stack has other frames, and the task has been counted as switched away from once more, or has not.
+struct Moved<'a> {
+    frame: Changed<'a>,
+    count: Option<Changed<'a>>,
+}
+
+impl PhysicalMemory for Moved<'_> {
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.frame.read(at, into)?;
+        if let Some(count) = &self.count {
+            let end = at.0 + into.len() as u64;
+            if at <= count.at && count.at.0 + 8 <= end {
+                let from = usize::try_from(count.at.0 - at.0).unwrap();
+                into[from..from + 8].copy_from_slice(&count.bytes);
+            }
+        }
+        Ok(())
+    }
+
+    fn ram(&self) -> Vec<GpaRange> {
+        self.frame.ram()
+    }
+}
+
+#[test]
+fn a_task_that_has_run_since_is_read_anew_whichever_way_it_was_switched_away_from() {
+    each_guest(|guest| {
+        let plain = Seen::new(guest).stacks;
+        let asleep = plain
+            .iter()
+            .find(|stack| stack.vcpu.is_none() && stack.trace.frames.len() > 3)
+            .unwrap();
+        let (task, kernel) = (asleep.task.as_ref().unwrap(), &guest.kernel);
+        let (frame_at, _) = innermost(guest, asleep);
+        let frame = || Changed {
+            dump: &guest.dump,
+            at: frame_at,
+            bytes: vec![0; 8],
+        };
+        let trace_of = |memory: &Moved<'_>| {
+            let stacks = all_after(guest, memory, &sleepers(guest));
+            let same = |stack: &&Stack| stack.task.as_ref().is_some_and(|t| t.at == task.at);
+            stacks.iter().find(same).unwrap().trace.clone()
+        };
+        // Not counted: the scheduler says that it cannot have run, so its stack is not looked at again.
+        let still = Moved {
+            frame: frame(),
+            count: None,
+        };
+        assert_eq!(trace_of(&still), asleep.trace, "{}", guest.name);
+        for member in ["nvcsw", "nivcsw", "start_boottime"] {
+            let offset = kernel.types.offset_of("task_struct", member).unwrap();
+            let at = task.at.wrapping_add(offset);
+            let memory = kernel.memory(&guest.dump);
+            let count = memory.read_u64(at).unwrap() + 1;
+            let moved = Moved {
+                frame: frame(),
+                count: Some(Changed {
+                    dump: &guest.dump,
+                    at: memory.physical_of(at).unwrap(),
+                    bytes: count.to_le_bytes().to_vec(),
+                }),
+            };
+            assert_ne!(trace_of(&moved), asleep.trace, "{}: {member}", guest.name);
+        }
     });
 }

@@ -62,6 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let witness = LiveKernel {
         kernel: &kernel,
         unwinder: &unwinder,
+        sleepers: None,
     };
     let busy: Vec<_> = functions
         .iter()

@@ -51,6 +51,7 @@ impl Guest {
         LiveKernel {
             kernel: &self.kernel,
             unwinder: &self.unwinder,
+            sleepers: None,
         }
     }
 

@@ -86,6 +86,7 @@ impl Vm {
         let witness = LiveKernel {
             kernel: &self.kernel,
             unwinder: &self.unwinder,
+            sleepers: None,
         };
         let intent = ledger.begin(change, &Unobserved)?;
         let placed = intent.place(&self.machine)?;

@@ -5,6 +5,7 @@
 mod calls;
 pub(crate) mod cpu;
 mod pairing;
+mod sleepers;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,7 @@ use crate::vcpu::Vcpu;
 use calls::Calls;
 use cpu::Cpu;
 use pairing::{Doing, Pairing};
+pub use sleepers::Sleepers;
 
 /// One stack and what stands on it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +58,28 @@ pub fn all(
     vcpus: &[Vcpu],
     deadline: &Deadline,
 ) -> Result<Vec<Stack>, AttachError> {
+    all_but(
+        kernel,
+        unwinder,
+        physical,
+        vcpus,
+        deadline,
+        &Sleepers::default(),
+    )
+}
+
+/// The same, but those of tasks that `known` has and that have not run since are taken from there.
+///
+/// # Errors
+/// As [`all`].
+pub fn all_but(
+    kernel: &Kernel,
+    unwinder: &Unwinder,
+    physical: &dyn PhysicalMemory,
+    vcpus: &[Vcpu],
+    deadline: &Deadline,
+    known: &Sleepers,
+) -> Result<Vec<Stack>, AttachError> {
     let Census { tasks, missing } = kernel.every_task(physical, deadline)?;
     let memory = kernel.memory(physical);
     let places = unwinder.places();
@@ -64,15 +88,7 @@ pub fn all(
         .map(|vcpu| Cpu::of(kernel, places, &memory, vcpu))
         .collect();
     let pairing = Pairing::new(&memory, &tasks, vcpus, &cpus);
-    let mut reader = Reader {
-        unwinder,
-        memory,
-        vcpus,
-        cpus: &cpus,
-        calls: Calls::new(kernel.layout.init),
-        pool: StackPool::default(),
-        hidden: Hidden::default(),
-    };
+    let mut reader = Reader::new(kernel, unwinder, memory, vcpus, &cpus);
     let mut stacks = Vec::with_capacity(tasks.len() + pairing.unmatched.len() + 1);
     for (task, doing) in tasks.into_iter().zip(pairing.tasks) {
         if deadline.is_over() {
@@ -82,7 +98,19 @@ pub fn all(
                 allowed: deadline.allowed(),
             });
         }
-        stacks.push(reader.task(task, doing)?);
+        let slept = match doing {
+            Doing::Sleeps => kernel
+                .task_fields()
+                .and_then(|fields| known.take(&reader.memory, fields, &task)),
+            _ => None,
+        };
+        stacks.push(match slept {
+            Some(stack) => Stack {
+                task: Some(task),
+                ..stack
+            },
+            None => reader.task(task, doing)?,
+        });
     }
     stacks.extend(
         pairing
@@ -116,7 +144,25 @@ struct Reader<'a> {
     hidden: Hidden,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    fn new(
+        kernel: &Kernel,
+        unwinder: &'a Unwinder,
+        memory: KernelMemory<'a>,
+        vcpus: &'a [Vcpu],
+        cpus: &'a [Cpu],
+    ) -> Self {
+        Self {
+            unwinder,
+            memory,
+            vcpus,
+            cpus,
+            calls: Calls::new(kernel.layout.init),
+            pool: StackPool::default(),
+            hidden: Hidden::default(),
+        }
+    }
+
     fn task(&mut self, task: Task, doing: Doing) -> Result<Stack, AttachError> {
         self.unwinder
             .hooks()

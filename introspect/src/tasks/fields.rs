@@ -36,6 +36,8 @@ pub(crate) struct TaskFields {
     /// `thread_info.cpu`'s neighbour in time: when the task was started since boot, in ns.
     pub(crate) start_boottime: Option<u64>,
     pub(crate) stack_canary: Option<u64>,
+    /// `nvcsw`, `nivcsw`: how often it was switched away from, of its own will and not.
+    pub(crate) switches: Option<[u64; 2]>,
 }
 
 /// How the threads of a process hang together.
@@ -144,6 +146,10 @@ impl TaskFields {
                 .ok()
                 .map(|m| m.offset),
             stack_canary: task("stack_canary").ok(),
+            switches: task("nvcsw")
+                .ok()
+                .zip(task("nivcsw").ok())
+                .map(<[u64; 2]>::from),
         })
     }
 }

@@ -101,6 +101,7 @@ fn fields(leaving: Leaving) -> TaskFields {
         leaving: Ok(leaving),
         start_boottime: None,
         stack_canary: None,
+        switches: None,
     }
 }
 

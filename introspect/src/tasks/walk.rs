@@ -213,7 +213,7 @@ const fn unsupported(why: String) -> AttachError {
 }
 
 /// One task.
-fn read(
+pub(crate) fn read(
     memory: &KernelMemory<'_>,
     fields: &TaskFields,
     at: Gva,

@@ -1,7 +1,7 @@
 //! What the gate asks of a stopped guest, as a trait, and its answer by a kernel that was found. Owns no
 //! judgement: [`gate`](super::gate) has that.
 
-use vmpatch_introspect::stacks::{self, Stack};
+use vmpatch_introspect::stacks::{self, Sleepers, Stack};
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{AttachError, Deadline, ForeignVcpu, Kernel, PhysicalMemory, Vcpu};
 
@@ -52,6 +52,8 @@ pub struct LiveKernel<'a> {
     pub kernel: &'a Kernel,
     /// Its unwind tables and its modules'.
     pub unwinder: &'a Unwinder,
+    /// Stacks of sleeping tasks, read by these tables before the stop.
+    pub sleepers: Option<&'a Sleepers>,
 }
 
 impl Witness for LiveKernel<'_> {
@@ -82,7 +84,9 @@ impl Witness for LiveKernel<'_> {
         vcpus: &[Vcpu],
         deadline: &Deadline,
     ) -> Result<Vec<Stack>, AttachError> {
-        stacks::all(self.kernel, self.unwinder, memory, vcpus, deadline)
+        let (kernel, unwinder, none) = (self.kernel, self.unwinder, Sleepers::default());
+        let known = self.sleepers.unwrap_or(&none);
+        stacks::all_but(kernel, unwinder, memory, vcpus, deadline, known)
     }
 
     fn reader<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> Box<ReadStack<'a>> {
