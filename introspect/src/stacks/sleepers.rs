@@ -80,7 +80,7 @@ impl Sleepers {
         for task in tasks.into_iter().take_while(|_| !deadline.is_over()) {
             if let Some(sleeper) = kernel
                 .task_fields()
-                .and_then(|fields| Sleeper::read(&mut reader, fields, task))
+                .and_then(|fields| Sleeper::read(&mut reader, fields, &task))
             {
                 sleepers.known.borrow_mut().insert(sleeper.at(), sleeper);
             }
@@ -117,7 +117,7 @@ impl Sleepers {
 
 impl Sleeper {
     /// `None` for a task that runs, or cannot be read.
-    fn read(reader: &mut Reader<'_>, fields: &TaskFields, task: Task) -> Option<Self> {
+    fn read(reader: &mut Reader<'_>, fields: &TaskFields, task: &Task) -> Option<Self> {
         let mark = Mark::of(&reader.memory, fields, task.at)?;
         let now: Result<Task, ReadError> = walk::read(&reader.memory, fields, task.at, task.kind);
         let task = now.ok().filter(|task| !task.on_cpu)?;
