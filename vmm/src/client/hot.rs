@@ -64,8 +64,6 @@ impl HotClient {
     ) -> Result<u32, Silence> {
         let end = Instant::now() + limit;
         let mut seen = before;
-        // The guest stands still meanwhile, or is about to.
-        futex::spin(&self.page.answer, seen);
         loop {
             futex::wait(&self.page.answer, seen, Some(LOOK), Sharing::Shared);
             let word = self.page.answer.load(Ordering::SeqCst);

@@ -94,10 +94,6 @@ impl Session {
             self.end_if_expired();
             let word = self.page.command.load(Ordering::SeqCst);
             if word == seen {
-                // While the guest stands still, the next command is waited for as quickly as can be.
-                if self.held.is_some() && futex::spin(&self.page.command, seen) {
-                    continue;
-                }
                 let until = self.held.as_ref().map(|held| held.until);
                 futex::wait_either((&self.page.command, seen), (&self.gone, 0), until);
                 continue;

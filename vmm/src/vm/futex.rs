@@ -3,17 +3,11 @@
 
 use std::io;
 use std::ptr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 /// How long to sleep where only one word can be slept on.
 const WITHOUT_WAITV: Duration = Duration::from_millis(5);
-
-/// How long a stopped guest is worth a busy processor: more than either side of a session takes for its part of a stop, and
-/// less than anybody would notice.
-const SPIN: Duration = Duration::from_micros(300);
-/// The clock is looked at once for so many looks at the word.
-const LOOKS: u32 = 32;
 
 /// Who shares the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,20 +70,6 @@ pub(crate) fn wait_either(
     }
 }
 
-/// Watches `word` for a moment without sleeping, which saves the time of being woken. Whether it no longer holds `seen`.
-pub(crate) fn spin(word: &AtomicU32, seen: u32) -> bool {
-    let end = Instant::now() + SPIN;
-    while Instant::now() < end {
-        for _ in 0..LOOKS {
-            if word.load(Ordering::SeqCst) != seen {
-                return true;
-            }
-            std::hint::spin_loop();
-        }
-    }
-    false
-}
-
 /// Wakes everybody who sleeps on `word`.
 pub(crate) fn wake_all(word: &AtomicU32, sharing: Sharing) {
     let operation = libc::FUTEX_WAKE | sharing.flag();
@@ -144,6 +124,7 @@ fn monotonic_in(from_now: Duration) -> libc::timespec {
 mod tests {
     use super::*;
     use std::sync::Arc;
+    use std::sync::atomic::Ordering;
 
     #[test]
     fn a_changed_word_is_not_waited_for() {
@@ -160,13 +141,6 @@ mod tests {
         wait(&word, 0, Some(short), Sharing::Private);
         wait_either((&word, 0), (&other, 0), Some(Instant::now() + short));
         assert!(begin.elapsed() >= Duration::from_millis(40));
-    }
-
-    #[test]
-    fn a_word_is_watched_for_a_moment_only() {
-        let word = AtomicU32::new(1);
-        assert!(spin(&word, 0));
-        assert!(!spin(&word, 1));
     }
 
     #[test]
