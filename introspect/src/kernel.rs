@@ -20,7 +20,7 @@ use crate::target::PhysicalMemory;
 use crate::tasks::Task;
 use crate::tasks::census::{self, Census};
 use crate::tasks::fields::TaskFields;
-use crate::tasks::walk::{self, Heads};
+use crate::tasks::walk::{self, Heads, Known};
 use crate::types::{TypeError, Types, search};
 use crate::vcpu::Vcpu;
 
@@ -164,21 +164,23 @@ impl Kernel {
     /// a kernel whose task list is not known.
     pub fn tasks(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Task>, AttachError> {
         let (fields, heads) = self.task_lists(physical)?;
-        walk::all(&self.memory(physical), fields, &heads, &Deadline::none())
+        let memory = self.memory(physical);
+        walk::all(&memory, fields, &heads, &Deadline::none(), &walk::nobody)
     }
 
-    /// Every task that may own a kernel stack.
+    /// Every task that may own a kernel stack; those that are `known` are not read.
     ///
     /// # Errors
     /// As [`tasks`](Self::tasks); no time left; or some place is not known where a task may be that is on
     /// no task list.
     pub(crate) fn every_task(
         &self,
-        physical: &dyn PhysicalMemory,
+        memory: &KernelMemory<'_>,
         deadline: &Deadline,
+        known: Known<'_>,
     ) -> Result<Census, AttachError> {
-        let (fields, heads) = self.task_lists(physical)?;
-        census::take(&self.memory(physical), fields, &heads, deadline)
+        let (fields, heads) = self.task_lists(memory.physical)?;
+        census::take(memory, fields, &heads, deadline, known)
     }
 
     /// Where the members of a task lie, where that is known.

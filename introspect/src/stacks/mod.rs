@@ -80,8 +80,9 @@ pub fn all_but(
     deadline: &Deadline,
     known: &Sleepers,
 ) -> Result<Vec<Stack>, AttachError> {
-    let Census { tasks, missing } = kernel.every_task(physical, deadline)?;
     let memory = kernel.memory(physical);
+    let asleep = |at| known.task(&memory, kernel.task_fields()?, at);
+    let Census { tasks, missing } = kernel.every_task(&memory, deadline, &asleep)?;
     let places = unwinder.places();
     let cpus: Vec<Cpu> = vcpus
         .iter()
@@ -99,9 +100,7 @@ pub fn all_but(
             });
         }
         let slept = match doing {
-            Doing::Sleeps => kernel
-                .task_fields()
-                .and_then(|fields| known.take(&reader.memory, fields, &task)),
+            Doing::Sleeps => known.stack(task.at),
             _ => None,
         };
         stacks.push(match slept {

@@ -16,10 +16,10 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use crate::address::{Gva, GvaRange};
+use crate::address::Gva;
 use crate::deadline::Deadline;
 use crate::kernel::Kernel;
-use crate::paging::{KernelMemory, ReadError};
+use crate::paging::KernelMemory;
 use crate::target::PhysicalMemory;
 use crate::tasks::fields::TaskFields;
 use crate::tasks::{Task, walk};
@@ -28,7 +28,7 @@ use crate::unwind::Unwinder;
 use super::pairing::Doing;
 use super::{Reader, Stack};
 
-/// The stacks, by `struct task_struct`. Each is given out once.
+/// The tasks and their stacks, by `struct task_struct`. Each is given out once.
 #[derive(Debug, Default)]
 pub struct Sleepers {
     known: RefCell<HashMap<Gva, Sleeper>>,
@@ -37,6 +37,8 @@ pub struct Sleepers {
 #[derive(Debug)]
 struct Sleeper {
     mark: Mark,
+    /// `None` once it was given out, as one that has not run.
+    task: Option<Task>,
     stack: Stack,
 }
 
@@ -52,8 +54,6 @@ struct Mark {
 impl Mark {
     /// `None` where the kernel does not tell, or its memory cannot be read.
     fn of(memory: &KernelMemory<'_>, fields: &TaskFields, task: Gva) -> Option<Self> {
-        // Without it nothing tells that a task runs.
-        fields.on_cpu.as_ref().ok()?;
         let word = |offset| memory.read_u64(task.wrapping_add(offset)).ok();
         let [wanted, unwanted] = fields.switches?;
         Some(Self {
@@ -73,19 +73,18 @@ impl Sleepers {
         physical: &dyn PhysicalMemory,
         deadline: &Deadline,
     ) -> Self {
-        let sleepers = Self::default();
-        let memory = kernel.memory(physical);
-        let mut reader = Reader::new(kernel, unwinder, memory, &[], &[]);
-        let tasks = kernel.tasks(physical).unwrap_or_default();
-        for task in tasks.into_iter().take_while(|_| !deadline.is_over()) {
-            if let Some(sleeper) = kernel
-                .task_fields()
-                .and_then(|fields| Sleeper::read(&mut reader, fields, &task))
-            {
-                sleepers.known.borrow_mut().insert(sleeper.at(), sleeper);
+        let mut known = HashMap::new();
+        if let (Some(fields), Ok(tasks)) = (kernel.task_fields(), kernel.tasks(physical)) {
+            let memory = kernel.memory(physical);
+            let mut reader = Reader::new(kernel, unwinder, memory, &[], &[]);
+            for task in tasks.iter().take_while(|_| !deadline.is_over()) {
+                let sleeper = Sleeper::read(&mut reader, fields, task);
+                known.extend(sleeper.map(|sleeper| (task.at, sleeper)));
             }
         }
-        sleepers
+        Self {
+            known: RefCell::new(known),
+        }
     }
 
     /// How many there are.
@@ -100,41 +99,59 @@ impl Sleepers {
         self.len() == 0
     }
 
-    /// The stack of a task that is off its CPU in a stopped guest, if it is known and the task has not run since.
-    pub(super) fn take(
+    /// The task, as it is now in a stopped guest, if it is known and has not run since.
+    pub(super) fn task(
         &self,
         memory: &KernelMemory<'_>,
         fields: &TaskFields,
-        task: &Task,
-    ) -> Option<Stack> {
-        let known = self.known.borrow_mut().remove(&task.at)?;
-        let slept = !task.on_cpu
-            && known.place() == place(task)
-            && Mark::of(memory, fields, task.at) == Some(known.mark);
-        slept.then_some(known.stack)
+        at: Gva,
+    ) -> Option<Task> {
+        let mut known = self.known.borrow_mut();
+        let sleeper = known.get_mut(&at)?;
+        let task = now(memory, fields, sleeper.task.take()?, sleeper.mark);
+        if task.is_none() {
+            known.remove(&at);
+        }
+        task
+    }
+
+    /// The stack of a task that was given out.
+    pub(super) fn stack(&self, task: Gva) -> Option<Stack> {
+        let sleeper = self.known.borrow_mut().remove(&task)?;
+        sleeper.task.is_none().then_some(sleeper.stack)
     }
 }
 
 impl Sleeper {
-    /// `None` for a task that runs, or cannot be read.
-    fn read(reader: &mut Reader<'_>, fields: &TaskFields, task: &Task) -> Option<Self> {
-        let mark = Mark::of(&reader.memory, fields, task.at)?;
-        let now: Result<Task, ReadError> = walk::read(&reader.memory, fields, task.at, task.kind);
-        let task = now.ok().filter(|task| !task.on_cpu)?;
-        let stack = reader.task(task, Doing::Sleeps).ok()?;
-        Some(Self { mark, stack })
-    }
-
-    fn at(&self) -> Gva {
-        self.stack.task.as_ref().map_or(Gva(0), |task| task.at)
-    }
-
-    fn place(&self) -> Option<(GvaRange, Gva)> {
-        self.stack.task.as_ref().and_then(place)
+    /// `None` for a task that runs, has no stack, or cannot be read.
+    fn read(reader: &mut Reader<'_>, fields: &TaskFields, listed: &Task) -> Option<Self> {
+        // Where `on_cpu` is not known, nothing tells that a task runs.
+        fields.on_cpu.as_ref().ok()?;
+        let mark = Mark::of(&reader.memory, fields, listed.at)?;
+        let task = walk::read(&reader.memory, fields, listed.at, listed.kind).ok()?;
+        if task.on_cpu || task.stack.is_none() {
+            return None;
+        }
+        let stack = reader.task(task.clone(), Doing::Sleeps).ok()?;
+        Some(Self {
+            mark,
+            task: Some(task),
+            stack,
+        })
     }
 }
 
-/// Where its frames begin and end; `None` without a stack.
-fn place(task: &Task) -> Option<(GvaRange, Gva)> {
-    Some((task.stack?, task.saved_sp))
+/// The task as it is now, if it has not run since its mark was read. Others may have woken it, moved it to another CPU, or
+/// freed its stack, if it is dead.
+fn now(memory: &KernelMemory<'_>, fields: &TaskFields, task: Task, mark: Mark) -> Option<Task> {
+    let word = |offset| memory.read_u32(task.at.wrapping_add(offset)).ok();
+    let runs = word(*fields.on_cpu.as_ref().ok()?)? != 0;
+    let freed = fields.stack_refcount.map_or(Some(1), word)? == 0;
+    let saved_sp = memory.read_pointer(task.at.wrapping_add(fields.saved_sp));
+    let same = saved_sp == Ok(task.saved_sp) && Mark::of(memory, fields, task.at) == Some(mark);
+    (same && !runs && !freed).then_some(Task {
+        state: word(fields.state)?,
+        cpu: word(fields.cpu)?,
+        ..task
+    })
 }

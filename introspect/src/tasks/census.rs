@@ -29,7 +29,7 @@ use crate::types::{Member, Types};
 
 use super::Task;
 use super::fields::{Blind, Leaving, TaskFields, first_of};
-use super::walk::{self, Heads};
+use super::walk::{self, Heads, Known};
 
 /// Task states (Linux v6.12 `include/linux/sched.h`).
 const UNINTERRUPTIBLE: u32 = 0x2;
@@ -112,9 +112,10 @@ pub(crate) fn take(
     fields: &TaskFields,
     heads: &Heads<'_>,
     deadline: &Deadline,
+    known: Known<'_>,
 ) -> Result<Census, AttachError> {
-    let queues = known(fields, heads)?;
-    let tasks = walk::all(memory, fields, heads, deadline)?;
+    let queues = queues(fields, heads)?;
+    let tasks = walk::all(memory, fields, heads, deadline, known)?;
     let missing = match &fields.leaving {
         Ok(Leaving::Counted(counts)) => counts.missing(memory, heads, queues, &tasks)?,
         Ok(Leaving::Listed { .. }) | Err(_) => None,
@@ -123,7 +124,7 @@ pub(crate) fn take(
 }
 
 /// The run queues, if all is known that the lists of [`walk`] need to be complete.
-fn known(fields: &TaskFields, heads: &Heads<'_>) -> Result<Gva, AttachError> {
+fn queues(fields: &TaskFields, heads: &Heads<'_>) -> Result<Gva, AttachError> {
     let blind = |why: String| AttachError::Unsupported {
         what: "tasks off the task list",
         why,

@@ -161,12 +161,26 @@ impl Guest {
     }
 
     fn list(&self) -> Result<Vec<Task>, AttachError> {
-        self.with(|flat, heads| walk::all(&flat.memory(), &self.fields, heads, &self.deadline))
+        self.with(|flat, heads| {
+            walk::all(
+                &flat.memory(),
+                &self.fields,
+                heads,
+                &self.deadline,
+                &walk::nobody,
+            )
+        })
     }
 
     fn census(&self) -> Result<(Vec<Task>, Option<Missing>), AttachError> {
         self.with(|flat, heads| {
-            let census = census::take(&flat.memory(), &self.fields, heads, &self.deadline)?;
+            let census = census::take(
+                &flat.memory(),
+                &self.fields,
+                heads,
+                &self.deadline,
+                &walk::nobody,
+            )?;
             Ok((census.tasks, census.missing))
         })
     }

@@ -42,6 +42,14 @@ pub(crate) struct Heads<'a> {
     pub(crate) ram: u64,
 }
 
+/// Tasks that are known already, as they are now: these are not read.
+pub(crate) type Known<'a> = &'a dyn Fn(Gva) -> Option<Task>;
+
+/// No task is known.
+pub(crate) const fn nobody(_: Gva) -> Option<Task> {
+    None
+}
+
 /// A walk under way.
 pub(crate) struct Walk<'a> {
     memory: &'a KernelMemory<'a>,
@@ -51,6 +59,7 @@ pub(crate) struct Walk<'a> {
     /// Nodes that may still be visited.
     budget: u64,
     deadline: &'a Deadline,
+    known: Known<'a>,
 }
 
 /// Every task on a list whose place is known.
@@ -62,6 +71,7 @@ pub(crate) fn all(
     fields: &TaskFields,
     heads: &Heads<'_>,
     deadline: &Deadline,
+    known: Known<'_>,
 ) -> Result<Vec<Task>, AttachError> {
     // A task takes more than 2 KiB on any 64-bit kernel, whatever the guest's own type information says.
     let most = (heads.ram / fields.size.max(2048) + 1).min(MOST_TASKS);
@@ -72,6 +82,7 @@ pub(crate) fn all(
         found: Vec::new(),
         budget: most * 4,
         deadline,
+        known,
     };
     walk.idle(heads)?;
     walk.listed(heads.init_task)?;
@@ -201,8 +212,10 @@ impl Walk<'_> {
                     format!("there are more than {MOST_TASKS}, too many to look at in one stop");
                 return Err(unsupported(why));
             }
-            let task = read(self.memory, self.fields, at, kind)?;
-            self.found.push(task);
+            self.found.push(match (self.known)(at) {
+                Some(task) => Task { kind, ..task },
+                None => read(self.memory, self.fields, at, kind)?,
+            });
         }
         Ok(())
     }
