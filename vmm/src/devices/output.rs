@@ -10,6 +10,9 @@ use std::time::Duration;
 
 /// Bytes of output kept for a slow reader; what comes on top is lost, as on a serial line.
 pub(super) const QUEUE_LIMIT: usize = 1 << 20;
+/// How long output is gathered before it is written: a UART sends single bytes, and to write each by itself would wake two threads
+/// for it. Nobody at a terminal notices.
+const GATHER: Duration = Duration::from_millis(4);
 
 /// Output on its way: filled by vCPUs without waiting, emptied by the writer thread.
 #[derive(Debug, Default)]
@@ -62,6 +65,10 @@ impl Queue {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(state, GATHER, |state| !state.closed)
+            .unwrap_or_else(PoisonError::into_inner);
         let bytes: Vec<u8> = state.bytes.drain(..).collect();
         (!bytes.is_empty()).then_some(bytes)
     }
