@@ -20,6 +20,7 @@ use vmpatch_patcher::journal::Intent;
 use vmpatch_patcher::link::Plan;
 use vmpatch_patcher::link::live::Guest;
 use vmpatch_patcher::patch::file::PatchFile;
+use vmpatch_patcher::quiescence::NotQuiet;
 use vmpatch_patcher::rollback;
 use vmpatch_patcher::status::Ledger;
 use vmpatch_patcher::verify::{Verified, verify};
@@ -70,7 +71,7 @@ pub(crate) fn check(
     let change = Change::apply(&verified, live.vm())?;
     let mut tables = Tables::load(&live)?;
     let attempted = Schedule::until(timeout).run(watch, || {
-        tables.refresh(&live);
+        tables.refresh(&live).map_err(NotQuiet::Unknown)?;
         rehearse(
             &change,
             live.vm(),
@@ -151,7 +152,7 @@ fn attempt(
 ) -> Result<Attempted, Unapplied> {
     let placed = intent.place(live.vm())?;
     Schedule::until(timeout).run(intent.observer(), || {
-        tables.refresh(live);
+        tables.refresh(live).map_err(NotQuiet::Unknown)?;
         let stopped = placed.stop(StopRequest::default())?;
         let quiet = stopped.check_stacks(&tables.witness(live))?;
         let written = quiet.write()?;

@@ -17,6 +17,10 @@ use crate::exit::Failure;
 const STOP_TRIES: u32 = 20;
 const STOP_PAUSE: Duration = Duration::from_millis(50);
 
+/// How often modules are read, and how long the guest is left alone in between.
+const LOAD_TRIES: u32 = 5;
+const LOAD_PAUSE: Duration = Duration::from_millis(20);
+
 /// Connects to a running VM.
 pub(crate) fn connect(id: &str) -> Result<KvmTarget, Failure> {
     Ok(KvmTarget::connect(id)?)
@@ -123,17 +127,19 @@ impl Tables {
         })
     }
 
-    /// Makes ready for a stop that follows at once. What cannot be read now, while the guest changes it, the stop itself will read
-    /// and judge.
-    pub(crate) fn refresh(&mut self, live: &Live) {
+    /// Makes ready for a stop that follows at once. Stacks that cannot be read now, while the guest changes them, the stop itself
+    /// will read.
+    ///
+    /// # Errors
+    /// Unwind tables of a module that has come meanwhile cannot be read, and not only for a moment.
+    pub(crate) fn refresh(&mut self, live: &Live) -> Result<(), AttachError> {
         let (kernel, vm) = (&live.kernel, live.vm());
-        if !matches!(self.unwinder.is_current(kernel, vm), Ok(true))
-            && let Ok(newer) = load(live)
-        {
-            self.unwinder = newer;
+        if !matches!(self.unwinder.is_current(kernel, vm), Ok(true)) {
+            self.unwinder = load(live)?;
         }
         let as_in_a_stop = Deadline::within(StopRequest::default().examination());
         self.sleepers = Sleepers::read(kernel, &self.unwinder, vm, &as_in_a_stop);
+        Ok(())
     }
 
     /// What the stack gate asks.
@@ -146,7 +152,17 @@ impl Tables {
     }
 }
 
+/// The guest may be changing its list of modules just now: then once more, a few times.
 fn load(live: &Live) -> Result<Unwinder, AttachError> {
-    let modules = live.kernel.modules(live.vm())?;
-    Unwinder::load(&live.kernel, live.vm(), &modules)
+    let once = || {
+        let modules = live.kernel.modules(live.vm())?;
+        Unwinder::load(&live.kernel, live.vm(), &modules)
+    };
+    for _ in 1..LOAD_TRIES {
+        if let Ok(unwinder) = once() {
+            return Ok(unwinder);
+        }
+        std::thread::sleep(LOAD_PAUSE);
+    }
+    once()
 }

@@ -11,9 +11,10 @@ use clap::CommandFactory;
 use crate::{paths, run};
 
 /// Those that tell people what to type.
-const DOCUMENTS: [&str; 4] = [
+const DOCUMENTS: [&str; 5] = [
     "README.md",
     "ARCHITECTURE.md",
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
 ];

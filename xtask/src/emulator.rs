@@ -1,4 +1,4 @@
-//! The QEMU that emulates a machine of several CPUs: this machine's own where it is new enough, else a newer one that is unpacked
+//! The QEMU that emulates machines (the test host, of one CPU, and guests to be dumped, of two): this machine's own where it is new enough, else a newer one that is unpacked
 //! into the cache and not installed. Does not know what is booted in it.
 //!
 //! Kernels rewrite their own code while other CPUs run it. Before 8.1 QEMU read the bytes to be translated before it watched them
@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::manifest::{Emulator as Wanted, Manifest};
 use crate::publish::Staging;
@@ -41,15 +41,20 @@ impl Drop for Reaped {
 
 impl Emulator {
     /// The best there is. One that is too old is better than none, and is warned of.
+    ///
+    /// # Errors
+    /// The manifest names no version that can be compared with.
     pub(crate) fn find(manifest: &Manifest) -> Result<Self> {
         let wanted = &manifest.emulator;
+        let oldest =
+            numbers(&wanted.at_least).context("the manifest's emulator wants no version")?;
         let installed = Self::installed();
-        if installed.is_new_enough(wanted) {
+        if installed.is_at_least(oldest) {
             return Ok(installed);
         }
         let unpacked = unpacked(wanted).map(|root| Self::within(&root));
         match unpacked {
-            Ok(newer) if newer.is_new_enough(wanted) => Ok(newer),
+            Ok(newer) if newer.is_at_least(oldest) => Ok(newer),
             other => {
                 let why = other.err().map_or_else(
                     || "the newer one does not start here".to_owned(),
@@ -78,9 +83,9 @@ impl Emulator {
         }
     }
 
-    fn is_new_enough(&self, wanted: &Wanted) -> bool {
+    fn is_at_least(&self, oldest: (u32, u32)) -> bool {
         let text = run::stdout(Command::new(&self.program).arg("--version")).unwrap_or_default();
-        version(&text).is_some_and(|found| Some(found) >= numbers(&wanted.at_least))
+        version(&text).is_some_and(|found| found >= oldest)
     }
 
     /// QEMU with no device and no window, which ends when this program does, Ctrl-C and SIGKILL included.
@@ -152,5 +157,6 @@ mod tests {
         assert_eq!(version(new), Some((10, 0)));
         assert!(version(old) < numbers("8.1") && numbers("8.1") < version(new));
         assert_eq!(version("no emulator at all"), None);
+        assert_eq!(numbers("9"), None, "half a version is none");
     }
 }

@@ -127,6 +127,15 @@ impl Attempt {
         )
     }
 
+    /// Whether there was not time enough to look at the guest.
+    #[must_use]
+    pub const fn is_late(&self) -> bool {
+        matches!(
+            self,
+            Self::NotQuiet(NotQuiet::Unknown(AttachError::Late { .. }))
+        )
+    }
+
     /// The failure it is, if it was the last of so many attempts.
     #[must_use]
     pub fn after(self, attempts: u32) -> Failure {

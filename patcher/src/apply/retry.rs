@@ -69,14 +69,17 @@ impl Schedule {
         mut attempt: impl FnMut() -> Result<T, Attempt>,
     ) -> Result<Attempted<T>, Failure> {
         let began = Instant::now();
-        let mut attempts = 0_u32;
+        let (mut attempts, mut was_late) = (0_u32, false);
         loop {
             attempts = attempts.saturating_add(1);
             let setback = match attempt() {
                 Ok(applied) => return Ok(Attempted { applied, attempts }),
-                Err(setback) if setback.passes() => setback,
+                // A guest that is too large to be looked at in one stop is so in the next: one more only, for a
+                // host that was busy, since each of these stops is a long one.
+                Err(setback) if setback.passes() && !(was_late && setback.is_late()) => setback,
                 Err(failure) => return Err(failure.after(attempts)),
             };
+            was_late = setback.is_late();
             let Some(pause) = self.pause(attempts, began.elapsed()) else {
                 return Err(setback.after(attempts));
             };
@@ -96,7 +99,9 @@ fn describe(setback: &Attempt) -> Setback<'_> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use vmpatch_introspect::AttachError;
 
+    use super::super::observer::Unobserved;
     use super::*;
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -130,6 +135,26 @@ mod tests {
             Schedule::until(Duration::ZERO).pause(1, Duration::ZERO),
             None
         );
+    }
+
+    #[test]
+    fn a_guest_too_large_for_one_stop_is_stopped_twice_and_no_more() {
+        let late = || {
+            let allowed = MS(375);
+            let (what, done) = ("stacks", 9);
+            Attempt::from(NotQuiet::Unknown(AttachError::Late {
+                what,
+                done,
+                allowed,
+            }))
+        };
+        let mut stops = 0;
+        let given_up = schedule().run(&Unobserved, || {
+            stops += 1;
+            Err::<(), _>(late())
+        });
+        assert!(matches!(given_up, Err(Failure::Unknown(_))), "{given_up:?}");
+        assert_eq!(stops, 2);
     }
 
     proptest! {

@@ -1,6 +1,6 @@
 //! Whether the guest's own ftrace leads calls of a function elsewhere, so that a jump after ftrace's bytes would
-//! never be reached: its own livepatch, or a direct call. Owns reading ftrace's record of one site. What is attached
-//! after the patch went in is not seen here.
+//! never be reached: its own livepatch, or a direct call. Owns reading ftrace's record of one site. It is read while the
+//! patch is linked: what is attached later, while a change waits for a quiet guest or after it, is not seen.
 //!
 //! Linux v6.12 kernel/trace/ftrace.c: each site has a `struct dyn_ftrace`, in arrays that `ftrace_pages_start` lists;
 //! its `flags` count the attached ops and hold what any of them demands. `FTRACE_FL_IPMODIFY`: one may return to
@@ -25,7 +25,8 @@ const MOST_RECORDS: u64 = 1 << 18;
 pub enum TracingError {
     /// Something attached may return elsewhere.
     #[error(
-        "the guest itself leads its calls elsewhere: {by} is attached to it by ftrace, and the new code might never run"
+        "the guest itself leads its calls elsewhere: {by} is attached to it by ftrace, and the new code might never run; \
+         detach that in the guest (disable its livepatch, end the BPF program or probe) and try again"
     )]
     Diverted {
         /// What is attached.
@@ -33,7 +34,8 @@ pub enum TracingError {
     },
     /// Something is attached, and it cannot be told what.
     #[error(
-        "ftrace is attached to it, and whether that leads its calls elsewhere cannot be told: {why}"
+        "ftrace is attached to it, and whether that leads its calls elsewhere cannot be told: {why}; end tracing in the \
+         guest and try again"
     )]
     Unknown {
         /// What is not known.
