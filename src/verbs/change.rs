@@ -1,5 +1,7 @@
 //! `vmpatch check`, `apply` and `rollback`: one shape of answer for all three.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use serde_json::{Map, Value};
 use vmpatch_introspect::target::StopReport;
@@ -46,14 +48,18 @@ struct StopTimes {
 
 impl From<StopReport> for StopTimes {
     fn from(report: StopReport) -> Self {
-        let us = |part: std::time::Duration| part.as_secs_f64() * 1e6;
         Self {
-            kick: us(report.kick),
-            registers: us(report.registers),
-            write: us(report.write),
-            resume: us(report.resume),
+            kick: microseconds(report.kick),
+            registers: microseconds(report.registers),
+            write: microseconds(report.write),
+            resume: microseconds(report.resume),
         }
     }
+}
+
+/// To three places after the point, which is as fine as it is measured.
+fn microseconds(time: Duration) -> f64 {
+    time.as_nanos() as f64 / 1000.0
 }
 
 /// Goes through every gate and writes nothing.
@@ -141,7 +147,7 @@ fn answer(
         digest: record.digest.clone(),
         functions: functions(record),
         attempts: stop.attempts,
-        stop_window_us: stop.report.window.as_secs_f64() * 1e6,
+        stop_window_us: microseconds(stop.report.window),
         stop_us: stop.report.into(),
         stacks: stop.examined.stacks,
         scanned_stacks: stop.examined.scanned,
