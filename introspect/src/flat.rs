@@ -7,11 +7,16 @@ use crate::target::{MemoryError, PhysicalMemory};
 
 /// Where the bytes are mapped.
 pub(crate) const BASE: Gva = Gva(0xffff_ffff_8100_0000);
-/// Where they lie.
-const DATA: u64 = 2 << 20;
+/// Where they lie in guest-physical memory.
+pub(crate) const DATA: u64 = 2 << 20;
 const PAGE: usize = 2 << 20;
 /// The tables come first: root, third and second level.
 const TABLES: u64 = 0x1000;
+/// The tables as a space, also for memory that is this guest's and something else.
+pub(crate) const SPACE: AddressSpace = AddressSpace {
+    root: Gpa(TABLES),
+    five_level: false,
+};
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
 
@@ -64,15 +69,15 @@ impl Flat {
         }
     }
 
+    /// Changes a word of the bytes.
+    #[cfg(test)]
+    pub(crate) fn put(&mut self, offset: u64, word: u64) {
+        self.set(DATA + offset, word);
+    }
+
     /// The guest's memory through its tables.
     pub(crate) fn memory(&self) -> KernelMemory<'_> {
-        KernelMemory::new(
-            self,
-            AddressSpace {
-                root: Gpa(TABLES),
-                five_level: false,
-            },
-        )
+        KernelMemory::new(self, SPACE)
     }
 }
 

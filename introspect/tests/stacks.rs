@@ -13,7 +13,7 @@ use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::stacks::{self, Sleepers, Stack};
 use vmpatch_introspect::target::MemoryError;
 use vmpatch_introspect::tasks::Missing;
-use vmpatch_introspect::unwind::{Frame, FrameKind, Unreliable, Unwinder};
+use vmpatch_introspect::unwind::{Frame, FrameKind, Trace, Unreliable, Unwinder};
 use vmpatch_introspect::{AttachError, Deadline, Gpa, GpaRange, Gva, PhysicalMemory};
 
 struct Seen<'a> {
@@ -303,6 +303,28 @@ fn innermost(guest: &Guest, stack: &Stack) -> (Gpa, Gva) {
     (memory.physical_of(at).unwrap(), at)
 }
 
+fn deep_sleeper(stacks: &[Stack]) -> &Stack {
+    let deep = |stack: &&Stack| stack.vcpu.is_none() && stack.trace.frames.len() > 3;
+    stacks.iter().find(deep).unwrap()
+}
+
+fn trace_of(stacks: &[Stack], task: Gva) -> Trace {
+    let same = |stack: &&Stack| stack.task.as_ref().is_some_and(|own| own.at == task);
+    stacks.iter().find(same).unwrap().trace.clone()
+}
+
+/// The word of a task, increased by one.
+fn one_more<'a>(guest: &'a Guest, task: Gva, member: &str) -> Changed<'a> {
+    let offset = guest.kernel.types.offset_of("task_struct", member).unwrap();
+    let (at, memory) = (task.wrapping_add(offset), guest.kernel.memory(&guest.dump));
+    let word = memory.read_u64(at).unwrap() + 1;
+    Changed {
+        dump: &guest.dump,
+        at: memory.physical_of(at).unwrap(),
+        bytes: word.to_le_bytes().to_vec(),
+    }
+}
+
 /// Memory in which a stack has other frames, and the task has been counted as switched away from once more, or has not.
 struct Moved<'a> {
     frame: Changed<'a>,
@@ -331,42 +353,56 @@ impl PhysicalMemory for Moved<'_> {
 fn a_task_that_has_run_since_is_read_anew_whichever_way_it_was_switched_away_from() {
     each_guest(|guest| {
         let plain = Seen::new(guest).stacks;
-        let asleep = plain
-            .iter()
-            .find(|stack| stack.vcpu.is_none() && stack.trace.frames.len() > 3)
-            .unwrap();
-        let (task, kernel) = (asleep.task.as_ref().unwrap(), &guest.kernel);
+        let asleep = deep_sleeper(&plain);
+        let task = asleep.task.as_ref().unwrap().at;
         let (frame_at, _) = innermost(guest, asleep);
         let frame = || Changed {
             dump: &guest.dump,
             at: frame_at,
             bytes: vec![0; 8],
         };
-        let trace_of = |memory: &Moved<'_>| {
+        let after = |memory: &Moved<'_>| {
             let stacks = all_after(guest, memory, &sleepers(guest));
-            let same = |stack: &&Stack| stack.task.as_ref().is_some_and(|t| t.at == task.at);
-            stacks.iter().find(same).unwrap().trace.clone()
+            trace_of(&stacks, task)
         };
         // Not counted: the scheduler says that it cannot have run, so its stack is not looked at again.
         let still = Moved {
             frame: frame(),
             count: None,
         };
-        assert_eq!(trace_of(&still), asleep.trace, "{}", guest.name);
-        for member in ["nvcsw", "nivcsw", "start_boottime"] {
-            let offset = kernel.types.offset_of("task_struct", member).unwrap();
-            let at = task.at.wrapping_add(offset);
-            let memory = kernel.memory(&guest.dump);
-            let count = memory.read_u64(at).unwrap() + 1;
+        assert_eq!(after(&still), asleep.trace, "{}", guest.name);
+        let types = &guest.kernel.types;
+        let canary = ["stack_canary"].into_iter();
+        let canary = canary.filter(|name| types.offset_of("task_struct", name).is_ok());
+        let always = ["nvcsw", "nivcsw", "start_boottime", "self_exec_id"];
+        for member in always.into_iter().chain(canary) {
             let moved = Moved {
                 frame: frame(),
-                count: Some(Changed {
-                    dump: &guest.dump,
-                    at: memory.physical_of(at).unwrap(),
-                    bytes: count.to_le_bytes().to_vec(),
-                }),
+                count: Some(one_more(guest, task, member)),
             };
-            assert_ne!(trace_of(&moved), asleep.trace, "{}: {member}", guest.name);
+            assert_ne!(after(&moved), asleep.trace, "{}: {member}", guest.name);
         }
+    });
+}
+
+/// One that a first stop took must not be there for the second, once the task has run.
+#[test]
+fn sleepers_used_for_a_second_stop_give_it_no_stack_of_the_first() {
+    each_guest(|guest| {
+        let plain = Seen::new(guest).stacks;
+        let asleep = deep_sleeper(&plain);
+        let task = asleep.task.as_ref().unwrap().at;
+        let before = sleepers(guest);
+        assert_eq!(all_after(guest, &guest.dump, &before), plain);
+        let moved = Moved {
+            frame: Changed {
+                dump: &guest.dump,
+                at: innermost(guest, asleep).0,
+                bytes: vec![0; 8],
+            },
+            count: Some(one_more(guest, task, "nvcsw")),
+        };
+        let again = trace_of(&all_after(guest, &moved, &before), task);
+        assert_ne!(again, asleep.trace, "{}", guest.name);
     });
 }

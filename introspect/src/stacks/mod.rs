@@ -7,6 +7,8 @@ pub(crate) mod cpu;
 mod pairing;
 mod sleepers;
 
+use std::cell::RefCell;
+
 use serde::{Deserialize, Serialize};
 
 use crate::address::{Gva, GvaRange};
@@ -68,7 +70,8 @@ pub fn all(
     )
 }
 
-/// The same, but those of tasks that `known` has and that have not run since are taken from there.
+/// The same, but those of tasks that `known` has and that have not run since are taken from there. What is not
+/// taken of it is gone too: a second stop needs `known` read anew, and reads itself what it lacks.
 ///
 /// # Errors
 /// As [`all`].
@@ -81,15 +84,22 @@ pub fn all_but(
     known: &Sleepers,
 ) -> Result<Vec<Stack>, AttachError> {
     let memory = kernel.memory(physical);
-    let asleep = |at| known.task(&memory, kernel.task_fields()?, at);
+    let slept = RefCell::new(Vec::with_capacity(known.len()));
+    let asleep = |at| {
+        let (task, stack) = known.take(&memory, kernel.task_fields()?, at)?;
+        slept.borrow_mut().push((at, stack));
+        Some(task)
+    };
     let Census { tasks, missing } = kernel.every_task(&memory, deadline, &asleep)?;
+    // They were asked for in the order in which the tasks were found.
+    let mut slept = slept.into_inner().into_iter().peekable();
     let places = unwinder.places();
     let cpus: Vec<Cpu> = vcpus
         .iter()
         .map(|vcpu| Cpu::of(kernel, places, &memory, vcpu))
         .collect();
     let pairing = Pairing::new(&memory, &tasks, vcpus, &cpus);
-    let mut reader = Reader::new(kernel, unwinder, memory, vcpus, &cpus);
+    let mut reader = Reader::new(kernel.layout.init, unwinder, memory, vcpus, &cpus);
     let mut stacks = Vec::with_capacity(tasks.len() + pairing.unmatched.len() + 1);
     for (task, doing) in tasks.into_iter().zip(pairing.tasks) {
         if deadline.is_over() {
@@ -99,12 +109,9 @@ pub fn all_but(
                 allowed: deadline.allowed(),
             });
         }
-        let slept = match doing {
-            Doing::Sleeps => known.stack(task.at),
-            _ => None,
-        };
-        stacks.push(match slept {
-            Some(stack) => Stack {
+        let read = slept.next_if(|(at, _)| *at == task.at);
+        stacks.push(match read.filter(|_| doing == Doing::Sleeps) {
+            Some((_, stack)) => Stack {
                 task: Some(task),
                 ..stack
             },
@@ -145,7 +152,7 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn new(
-        kernel: &Kernel,
+        init: Option<GvaRange>,
         unwinder: &'a Unwinder,
         memory: KernelMemory<'a>,
         vcpus: &'a [Vcpu],
@@ -156,7 +163,7 @@ impl<'a> Reader<'a> {
             memory,
             vcpus,
             cpus,
-            calls: Calls::new(kernel.layout.init),
+            calls: Calls::new(init),
             pool: StackPool::default(),
             hidden: Hidden::default(),
         }

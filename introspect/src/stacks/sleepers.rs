@@ -6,12 +6,18 @@
 //! to and cleared when it is wholly switched away from (`prepare_task`, `finish_task`). Hence a task
 //!
 //! ```text
-//!   counts read ──▶ off its CPU ──▶ stack read ── … guest runs … ── stop: off its CPU, same counts
+//!   who it is ──▶ counts ──▶ off its CPU ──▶ stack read ── … guest runs … ── stop: off its CPU, all the same
 //! ```
 //!
-//! has not run since the second of these: it would have been counted on its way out. The counts must be read
-//! before `on_cpu`: after it, a task on its way out could have been counted already and not yet be out. A task
-//! that took the place of another in memory was started later.
+//! has not run since the third of these: it would have been counted on its way out. The counts must be read
+//! before `on_cpu`: after it, a task on its way out could have been counted already and not yet be out.
+//!
+//! Another task may have taken the place of the first in memory, by chance with the same counts. It was started
+//! later, or has called `execve` since: a thread that does takes over the start of the first one of its process
+//! (Linux v6.12 fs/exec.c, `de_thread`), and each call is counted in the task and handed down to its children
+//! (`self_exec_id`, in `begin_new_exec`). A guest's clock may be coarse: where the kernel has stack canaries, random
+//! for each task (kernel/fork.c, `dup_task_struct`), another task has another one. Who the task is must be read
+//! before the rest: then, if that is the same in the stop, all the rest was read of it.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -28,7 +34,11 @@ use crate::unwind::Unwinder;
 use super::pairing::Doing;
 use super::{Reader, Stack};
 
-/// The tasks and their stacks, by `struct task_struct`. Each is given out once.
+#[cfg(test)]
+mod tests;
+
+/// The tasks and their stacks, by `struct task_struct`. For one stop: a task that a stop has asked for is known no
+/// more, whatever the answer was, so that a second stop reads its stack anew.
 #[derive(Debug, Default)]
 pub struct Sleepers {
     known: RefCell<HashMap<Gva, Sleeper>>,
@@ -37,18 +47,22 @@ pub struct Sleepers {
 #[derive(Debug)]
 struct Sleeper {
     mark: Mark,
-    /// `None` once it was given out, as one that has not run.
-    task: Option<Task>,
+    task: Task,
     stack: Stack,
 }
 
 /// What is another once the task has run, or is another task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Mark {
-    /// `nvcsw` and `nivcsw`: switches away, wanted and unwanted.
-    switches: [u64; 2],
+    /// Of kernels that have them.
+    canary: Option<u64>,
     /// Start since boot in nanoseconds.
     started: u64,
+    /// Calls of `execve`, of its forefathers too.
+    executions: u64,
+    stack: Gva,
+    /// `nvcsw` and `nivcsw`: switches away, wanted and unwanted.
+    switches: [u64; 2],
 }
 
 impl Mark {
@@ -56,9 +70,16 @@ impl Mark {
     fn of(memory: &KernelMemory<'_>, fields: &TaskFields, task: Gva) -> Option<Self> {
         let word = |offset| memory.read_u64(task.wrapping_add(offset)).ok();
         let [wanted, unwanted] = fields.switches?;
+        // Read in this order: see above.
         Some(Self {
-            switches: [word(wanted)?, word(unwanted)?],
+            canary: match fields.stack_canary {
+                Some(canary) => Some(word(canary)?),
+                None => None,
+            },
             started: word(fields.start_boottime?)?,
+            executions: word(fields.exec_id?)?,
+            stack: Gva(word(fields.stack)?),
+            switches: [word(wanted)?, word(unwanted)?],
         })
     }
 }
@@ -73,14 +94,24 @@ impl Sleepers {
         physical: &dyn PhysicalMemory,
         deadline: &Deadline,
     ) -> Self {
+        let (Some(fields), Ok(tasks)) = (kernel.task_fields(), kernel.tasks(physical)) else {
+            return Self::default();
+        };
+        let memory = kernel.memory(physical);
+        let mut reader = Reader::new(kernel.layout.init, unwinder, memory, &[], &[]);
+        Self::of(&mut reader, fields, &tasks, deadline)
+    }
+
+    fn of(
+        reader: &mut Reader<'_>,
+        fields: &TaskFields,
+        tasks: &[Task],
+        deadline: &Deadline,
+    ) -> Self {
         let mut known = HashMap::new();
-        if let (Some(fields), Ok(tasks)) = (kernel.task_fields(), kernel.tasks(physical)) {
-            let memory = kernel.memory(physical);
-            let mut reader = Reader::new(kernel, unwinder, memory, &[], &[]);
-            for task in tasks.iter().take_while(|_| !deadline.is_over()) {
-                let sleeper = Sleeper::read(&mut reader, fields, task);
-                known.extend(sleeper.map(|sleeper| (task.at, sleeper)));
-            }
+        for task in tasks.iter().take_while(|_| !deadline.is_over()) {
+            let sleeper = Sleeper::read(reader, fields, task);
+            known.extend(sleeper.map(|sleeper| (task.at, sleeper)));
         }
         Self {
             known: RefCell::new(known),
@@ -99,26 +130,16 @@ impl Sleepers {
         self.len() == 0
     }
 
-    /// The task, as it is now in a stopped guest, if it is known and has not run since.
-    pub(super) fn task(
+    /// The task, as it is now in a stopped guest, and its stack, if it is known and has not run since.
+    pub(super) fn take(
         &self,
         memory: &KernelMemory<'_>,
         fields: &TaskFields,
         at: Gva,
-    ) -> Option<Task> {
-        let mut known = self.known.borrow_mut();
-        let sleeper = known.get_mut(&at)?;
-        let task = now(memory, fields, sleeper.task.take()?, sleeper.mark);
-        if task.is_none() {
-            known.remove(&at);
-        }
-        task
-    }
-
-    /// The stack of a task that was given out.
-    pub(super) fn stack(&self, task: Gva) -> Option<Stack> {
-        let sleeper = self.known.borrow_mut().remove(&task)?;
-        sleeper.task.is_none().then_some(sleeper.stack)
+    ) -> Option<(Task, Stack)> {
+        let sleeper = self.known.borrow_mut().remove(&at)?;
+        let task = now(memory, fields, sleeper.task, sleeper.mark)?;
+        Some((task, sleeper.stack))
     }
 }
 
@@ -133,11 +154,7 @@ impl Sleeper {
             return None;
         }
         let stack = reader.task(task.clone(), Doing::Sleeps).ok()?;
-        Some(Self {
-            mark,
-            task: Some(task),
-            stack,
-        })
+        Some(Self { mark, task, stack })
     }
 }
 

@@ -35,7 +35,10 @@ pub(crate) struct TaskFields {
     pub(crate) leaving: Result<Leaving, Blind>,
     /// `thread_info.cpu`'s neighbour in time: when the task was started since boot, in ns.
     pub(crate) start_boottime: Option<u64>,
+    /// Kernels without CONFIG_STACKPROTECTOR have none.
     pub(crate) stack_canary: Option<u64>,
+    /// `self_exec_id`.
+    pub(crate) exec_id: Option<u64>,
     /// `nvcsw`, `nivcsw`: how often it was switched away from, of its own will and not.
     pub(crate) switches: Option<[u64; 2]>,
 }
@@ -146,6 +149,7 @@ impl TaskFields {
                 .ok()
                 .map(|m| m.offset),
             stack_canary: task("stack_canary").ok(),
+            exec_id: task("self_exec_id").ok(),
             switches: task("nvcsw")
                 .ok()
                 .zip(task("nivcsw").ok())

@@ -4,7 +4,7 @@
 pub(crate) mod census;
 pub(crate) mod fields;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub(crate) mod walk;
 
 pub use census::Missing;

@@ -67,7 +67,7 @@ fn counts() -> Counts {
     }
 }
 
-fn fields(leaving: Leaving) -> TaskFields {
+pub(crate) fn fields(leaving: Leaving) -> TaskFields {
     TaskFields {
         size: 1,
         tasks: TASKS,
@@ -101,6 +101,7 @@ fn fields(leaving: Leaving) -> TaskFields {
         leaving: Ok(leaving),
         start_boottime: None,
         stack_canary: None,
+        exec_id: None,
         switches: None,
     }
 }
