@@ -157,15 +157,27 @@ impl Kernel {
     }
 
     /// Every task that is known: the task list, threads, and as far as the kernel's own lists of them are
-    /// found also idle tasks and exiting tasks. For people to read; the stack gate asks for all or nothing.
+    /// found also idle tasks and exiting tasks. For people to read, while the guest runs: what is off the task list
+    /// may then be missed. The stack gate asks for all or nothing.
     ///
     /// # Errors
-    /// A list that leads out of memory or never ends, more than [`MOST_TASKS`](crate::tasks::MOST_TASKS), or
+    /// A task list that leads out of memory or never ends, more than [`MOST_TASKS`](crate::tasks::MOST_TASKS), or
     /// a kernel whose task list is not known.
     pub fn tasks(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Task>, AttachError> {
         let (fields, heads) = self.task_lists(physical)?;
+        walk::running(&self.memory(physical), fields, &heads)
+    }
+
+    /// The tasks on the task list, as many of them as can be found before `deadline` while the guest runs.
+    pub(crate) fn listed_tasks(
+        &self,
+        physical: &dyn PhysicalMemory,
+        deadline: &Deadline,
+    ) -> Vec<Task> {
         let memory = self.memory(physical);
-        walk::all(&memory, fields, &heads, &Deadline::none(), &walk::nobody)
+        self.task_lists(physical)
+            .map(|(fields, heads)| walk::listed(&memory, fields, &heads, deadline))
+            .unwrap_or_default()
     }
 
     /// Every task that may own a kernel stack; those that are `known` are not read.

@@ -12,7 +12,7 @@ use common::{Changed, Guest, each_guest};
 use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::stacks::{self, Sleepers, Stack};
 use vmpatch_introspect::target::MemoryError;
-use vmpatch_introspect::tasks::Missing;
+use vmpatch_introspect::tasks::{Missing, TaskKind};
 use vmpatch_introspect::unwind::{Frame, FrameKind, Trace, Unreliable, Unwinder};
 use vmpatch_introspect::{AttachError, Deadline, Gpa, GpaRange, Gva, PhysicalMemory};
 
@@ -303,8 +303,13 @@ fn innermost(guest: &Guest, stack: &Stack) -> (Gpa, Gva) {
     (memory.physical_of(at).unwrap(), at)
 }
 
+/// On the task list, which alone is read before a stop.
 fn deep_sleeper(stacks: &[Stack]) -> &Stack {
-    let deep = |stack: &&Stack| stack.vcpu.is_none() && stack.trace.frames.len() > 3;
+    let deep = |stack: &&Stack| {
+        let task = stack.task.as_ref();
+        let listed = task.is_some_and(|task| task.kind == TaskKind::Listed);
+        listed && stack.vcpu.is_none() && stack.trace.frames.len() > 3
+    };
     stacks.iter().find(deep).unwrap()
 }
 

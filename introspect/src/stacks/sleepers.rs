@@ -85,7 +85,7 @@ impl Mark {
 }
 
 impl Sleepers {
-    /// Reads them, as many as can be read before `deadline`. What changes meanwhile or cannot be read is left to
+    /// Reads those on the task list, as many as can be read before `deadline`. What changes meanwhile or cannot be read is left to
     /// the stop.
     #[must_use]
     pub fn read(
@@ -94,9 +94,10 @@ impl Sleepers {
         physical: &dyn PhysicalMemory,
         deadline: &Deadline,
     ) -> Self {
-        let (Some(fields), Ok(tasks)) = (kernel.task_fields(), kernel.tasks(physical)) else {
+        let Some(fields) = kernel.task_fields() else {
             return Self::default();
         };
+        let tasks = kernel.listed_tasks(physical, deadline);
         let memory = kernel.memory(physical);
         let mut reader = Reader::new(kernel.layout.init, unwinder, memory, &[], &[]);
         Self::of(&mut reader, fields, &tasks, deadline)

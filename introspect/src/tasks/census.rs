@@ -61,6 +61,9 @@ pub enum Missing {
     /// Who is on a run queue cannot be told while it is being changed.
     #[error("the run queue of CPU {0} is just being changed")]
     Queue(usize),
+    /// The list of exiting tasks cannot be read while a place on it is kept by something that is no task.
+    #[error("the list of exiting tasks of CPU {0} has a node that is no task")]
+    Leaving(usize),
 }
 
 /// Where the scheduler's counts are.
@@ -115,12 +118,11 @@ pub(crate) fn take(
     known: Known<'_>,
 ) -> Result<Census, AttachError> {
     let queues = queues(fields, heads)?;
-    let tasks = walk::all(memory, fields, heads, deadline, known)?;
-    let missing = match &fields.leaving {
-        Ok(Leaving::Counted(counts)) => counts.missing(memory, heads, queues, &tasks)?,
-        Ok(Leaving::Listed { .. }) | Err(_) => None,
-    };
-    Ok(Census { tasks, missing })
+    let mut census = walk::all(memory, fields, heads, deadline, known)?;
+    if let Ok(Leaving::Counted(counts)) = &fields.leaving {
+        census.missing = counts.missing(memory, heads, queues, &census.tasks)?;
+    }
+    Ok(census)
 }
 
 /// The run queues, if all is known that the lists of [`walk`] need to be complete.

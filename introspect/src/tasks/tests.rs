@@ -25,6 +25,7 @@ const BANDWIDTH: u64 = 80;
 const COMM: u64 = 88;
 /// Always zero.
 const NOTHING: u64 = 104;
+const SAVED_SP: u64 = 112;
 
 /// Within a run queue.
 const IDLE: u64 = 0;
@@ -40,8 +41,10 @@ const NO_REAL_TIME: u64 = 64;
 const INIT: u64 = 0x100;
 const SLEEPER: u64 = 0x200;
 const LEAVING: u64 = 0x300;
+const BARE: u64 = 0x600;
 const QUEUE: u64 = 0x400;
 const EXIT_LIST: u64 = 0x500;
+const STACK_AT: u64 = 0x1000;
 const PER_CPU: [u64; 1] = [BASE.0];
 
 struct Guest {
@@ -80,7 +83,7 @@ pub(crate) fn fields(leaving: Leaving) -> TaskFields {
         cpu: NOTHING,
         stack: STACK,
         stack_refcount: None,
-        saved_sp: NOTHING,
+        saved_sp: SAVED_SP,
         stack_size: 0x4000,
         threads: Threads {
             signal: SIGNAL,
@@ -161,16 +164,25 @@ impl Guest {
         ask(&Flat::new(&self.bytes), &heads)
     }
 
+    /// For people, as while it runs.
     fn list(&self) -> Result<Vec<Task>, AttachError> {
-        self.with(|flat, heads| {
-            walk::all(
-                &flat.memory(),
-                &self.fields,
-                heads,
-                &self.deadline,
-                &walk::nobody,
-            )
-        })
+        self.with(|flat, heads| walk::running(&flat.memory(), &self.fields, heads))
+    }
+
+    /// The task list alone, as while it runs.
+    fn task_list(&self) -> Vec<Task> {
+        self.with(|flat, heads| walk::listed(&flat.memory(), &self.fields, heads, &self.deadline))
+    }
+
+    /// Gives a task a stack, which holds its saved stack pointer.
+    fn stand(&mut self, task: u64) {
+        self.put(task + STACK, BASE.0 + STACK_AT);
+        self.put(task + SAVED_SP, BASE.0 + STACK_AT + 0x100);
+    }
+
+    /// Why a stop knows nothing.
+    fn failure(&self) -> AttachError {
+        self.census().map(|(tasks, _)| tasks).unwrap_err()
     }
 
     fn census(&self) -> Result<(Vec<Task>, Option<Missing>), AttachError> {
@@ -193,10 +205,7 @@ impl Guest {
     /// That the gate is refused, and why, while the list for people is not.
     fn refusal(&self) -> String {
         assert_eq!(self.list().unwrap().len(), 2);
-        self.census()
-            .map(|(tasks, _)| tasks)
-            .unwrap_err()
-            .to_string()
+        self.failure().to_string()
     }
 }
 
@@ -211,10 +220,87 @@ fn no_member(within: &str, member: &str) -> TypeError {
 fn a_task_that_left_the_task_list_is_found_on_the_list_of_those() {
     let mut guest = Guest::listed();
     guest.ring(&[EXIT_LIST, LEAVING + EXIT]);
+    guest.stand(LEAVING);
     let (tasks, missing) = guest.census().unwrap();
     let found = tasks.iter().find(|task| task.at == Gva(BASE.0 + LEAVING));
     assert_eq!(found.unwrap().kind, TaskKind::Exiting);
     assert_eq!(missing, None);
+}
+
+fn has(tasks: &[Task], at: u64) -> bool {
+    tasks.iter().any(|task| task.at == Gva(BASE.0 + at))
+}
+
+#[test]
+fn a_node_of_the_list_of_leaving_tasks_that_is_no_task_makes_it_incomplete_for_now() {
+    for (stack, saved_sp) in [
+        (0, 0),
+        (BASE.0 + STACK_AT, 0),
+        (BASE.0 + STACK_AT, BASE.0 + STACK_AT + 0x4000),
+        (BASE.0 + STACK_AT + 8, BASE.0 + STACK_AT + 0x100),
+        (0x7000, 0x7100),
+    ] {
+        let mut guest = Guest::listed();
+        // The real one stands behind it.
+        guest.ring(&[EXIT_LIST, BARE + EXIT, LEAVING + EXIT]);
+        guest.stand(LEAVING);
+        guest.put(BARE + STACK, stack);
+        guest.put(BARE + SAVED_SP, saved_sp);
+        let (tasks, missing) = guest.census().unwrap();
+        assert_eq!(
+            missing,
+            Some(Missing::Leaving(0)),
+            "{stack:#x} {saved_sp:#x}"
+        );
+        assert!(has(&tasks, LEAVING) && !has(&tasks, BARE));
+        let shown = guest.list().unwrap();
+        assert!(has(&shown, LEAVING) && !has(&shown, BARE));
+    }
+}
+
+#[test]
+fn a_node_of_the_list_of_leaving_tasks_that_cannot_be_read_makes_it_incomplete_for_now() {
+    let mut guest = Guest::listed();
+    guest.put(EXIT_LIST, 0xffff_8880_0000_0000);
+    assert_eq!(guest.missing(), Some(Missing::Leaving(0)));
+    assert_eq!(guest.list().unwrap().len(), 2);
+    // That one leads into itself does not pass.
+    guest.ring(&[LEAVING + EXIT]);
+    guest.put(EXIT_LIST, BASE.0 + LEAVING + EXIT);
+    let why = guest.failure().to_string();
+    assert!(why.starts_with("tasks: a task list does not end"), "{why}");
+}
+
+/// A node taken off a run queue while the guest runs points to itself; one that was put on the queue of another
+/// CPU leads to its head and round it.
+#[test]
+fn a_run_queue_that_changes_under_the_walk_ends_for_people_and_not_in_a_stop() {
+    let mut guest = Guest::counted();
+    for next in [&[LEAVING + FAIR][..], &[LEAVING + FAIR, 0x800 + FAIR_HEAD]] {
+        guest.put(QUEUE + FAIR_HEAD, BASE.0 + LEAVING + FAIR);
+        guest.ring(next);
+        guest.stand(LEAVING);
+        let shown = guest.list().unwrap();
+        assert!(shown.len() == 3 && has(&shown, LEAVING));
+        let why = guest.failure().to_string();
+        assert!(why.starts_with("tasks: a task list does not end"), "{why}");
+    }
+}
+
+#[test]
+fn of_a_guest_that_runs_the_task_list_is_had_as_far_as_it_leads() {
+    let mut guest = Guest::listed();
+    // Run queues and their like are not looked at.
+    guest.put(QUEUE + FAIR_HEAD, BASE.0 + LEAVING + FAIR);
+    guest.put(EXIT_LIST, BASE.0 + LEAVING + EXIT);
+    guest.stand(LEAVING);
+    let found = guest.task_list();
+    assert!(found.len() == 1 && has(&found, SLEEPER));
+    for astray in [0xffff_8880_0000_0000, BASE.0 + SLEEPER + TASKS] {
+        guest.put(SLEEPER + TASKS, astray);
+        assert_eq!(guest.task_list(), found);
+        assert!(guest.list().is_err());
+    }
 }
 
 #[test]
@@ -354,23 +440,28 @@ fn more_tasks_than_a_stop_can_bear_are_refused() {
     assert_eq!(fits.list().unwrap().len() as u64, MOST_TASKS);
     let guest = long(MOST_TASKS, INIT);
     let why = "tasks: there are more than 262144, too many to look at in one stop";
-    assert_eq!(guest.list().unwrap_err().to_string(), why);
+    assert_eq!(guest.failure().to_string(), why);
 }
 
 #[test]
 fn a_task_list_that_leads_into_itself_is_given_up() {
-    let guest = long(100, 0x1000);
-    let why = guest.list().unwrap_err().to_string();
-    assert!(why.starts_with("tasks: a task list does not end"), "{why}");
+    for back in [0x1000, 0x1000 + 50 * 16, 0x1000 + 99 * 16] {
+        let guest = long(100, back);
+        for why in [guest.failure(), guest.list().unwrap_err()] {
+            let why = why.to_string();
+            assert!(why.starts_with("tasks: a task list does not end"), "{why}");
+        }
+    }
 }
 
 #[test]
 fn a_walk_ends_with_its_deadline() {
-    let mut guest = long(1000, 0x1000);
+    let mut guest = long(1000, INIT);
     guest.deadline = Deadline::within(Duration::ZERO);
-    let late = guest.list().unwrap_err();
+    let late = guest.failure();
     let AttachError::Late { what, done, .. } = late else {
         panic!("{late}");
     };
     assert!(what == "tasks" && done < 100, "{done} {what}");
+    assert!(guest.task_list().len() < 100);
 }
