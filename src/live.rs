@@ -134,11 +134,14 @@ impl Tables {
     /// Unwind tables of a module that has come meanwhile cannot be read, and not only for a moment.
     pub(crate) fn refresh(&mut self, live: &Live) -> Result<(), AttachError> {
         let (kernel, vm) = (&live.kernel, live.vm());
-        if !matches!(self.unwinder.is_current(kernel, vm), Ok(true)) {
+        let as_in_a_stop = || Deadline::within(StopRequest::default().examination());
+        if !matches!(
+            self.unwinder.is_current(kernel, vm, &as_in_a_stop()),
+            Ok(true)
+        ) {
             self.unwinder = load(live)?;
         }
-        let as_in_a_stop = Deadline::within(StopRequest::default().examination());
-        self.sleepers = Sleepers::read(kernel, &self.unwinder, vm, &as_in_a_stop);
+        self.sleepers = Sleepers::read(kernel, &self.unwinder, vm, &as_in_a_stop());
         Ok(())
     }
 

@@ -1,7 +1,12 @@
-//! How long work inside a stop may last. Owns the clock; what is done when it has run out is its users'
-//! business.
+//! How long work may last that somebody waits for: a stopped guest, or a stop that is made ready while the guest
+//! still runs. Owns the clock; what is done when it has run out is its users' business.
 
 use std::time::{Duration, Instant};
+
+use crate::kernel::AttachError;
+
+/// The clock is looked at once for so many small steps of work.
+const BETWEEN_LOOKS: usize = 64;
 
 /// A moment by which work must be done.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +37,23 @@ impl Deadline {
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.by.is_some_and(|by| Instant::now() >= by)
+    }
+
+    /// Lets work go on of which so many small steps are done. Called at each of them, it looks at the clock at the
+    /// first and then now and again.
+    ///
+    /// # Errors
+    /// [`AttachError::Late`]: it is over.
+    pub(crate) fn allow(&self, what: &'static str, done: usize) -> Result<(), AttachError> {
+        if done.is_multiple_of(BETWEEN_LOOKS) && self.is_over() {
+            let allowed = self.allowed;
+            return Err(AttachError::Late {
+                what,
+                done,
+                allowed,
+            });
+        }
+        Ok(())
     }
 
     /// How long it was from the moment it was set.

@@ -56,9 +56,12 @@ pub enum AttachError {
         why: String,
     },
     /// The time that a stop may take ran out. What is left may be less the next time.
-    #[error("only {done} {what} were read in {allowed:?}, the time that a stop may take")]
+    #[error(
+        "only {done} {what} were read in {allowed:?}, the time that a stop may take: try again when the guest has \
+         fewer of them, or the host less to do"
+    )]
     Late {
-        /// "tasks", "stacks".
+        /// "tasks", "stacks", "modules".
         what: &'static str,
         /// How many of them were read.
         done: usize,
@@ -254,19 +257,22 @@ impl Kernel {
     /// # Errors
     /// A list that leads out of memory or never ends.
     pub fn modules(&self, physical: &dyn PhysicalMemory) -> Result<Vec<Module>, AttachError> {
-        self.module_list(|fields, head| read::all(&self.memory(physical), fields, head))
+        let memory = self.memory(physical);
+        self.module_list(|fields, head| read::all(&memory, fields, head))
     }
 
     /// Where the code of every loaded module lies, in the order of [`modules`](Self::modules), but cheap
     /// enough to be asked inside a stop.
     ///
     /// # Errors
-    /// As [`modules`](Self::modules).
+    /// As [`modules`](Self::modules), or not all were read before `deadline`.
     pub fn module_places(
         &self,
         physical: &dyn PhysicalMemory,
+        deadline: &Deadline,
     ) -> Result<Vec<ModulePlace>, AttachError> {
-        self.module_list(|fields, head| read::places(&self.memory(physical), fields, head))
+        let memory = self.memory(physical);
+        self.module_list(|fields, head| read::places(&memory, fields, head, deadline))
     }
 
     fn module_list<T>(

@@ -3,11 +3,13 @@
 
 mod common;
 
-use common::{Guest, each_guest};
-use vmpatch_introspect::modules::ModuleState;
-use vmpatch_introspect::target::MemoryError;
+use std::time::Duration;
+
+use common::{Changed, Guest, each_guest, some_guest};
+use vmpatch_introspect::modules::{Module, ModuleState};
+use vmpatch_introspect::types::Types;
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{Gpa, GpaRange, PhysicalMemory};
+use vmpatch_introspect::{AttachError, Deadline, Gva, PhysicalMemory};
 
 #[test]
 fn modules_equal_proc_modules() {
@@ -68,51 +70,77 @@ fn text_symbols_of_a_module_lie_in_its_text_and_its_unwind_tables_in_no_text() {
     });
 }
 
-/// Memory in which the first module has just left the list.
-struct WithoutFirst<'a> {
-    guest: &'a Guest,
-    head: Gpa,
-    second: [u8; 8],
-}
-
-impl<'a> WithoutFirst<'a> {
-    fn of(guest: &'a Guest) -> Self {
-        let memory = guest.kernel.memory(&guest.dump);
-        let head = guest.kernel.place("modules").unwrap();
-        let first = memory.read_pointer(head).unwrap();
-        Self {
-            guest,
-            head: memory.physical_of(head).unwrap(),
-            second: memory.read_array(first).unwrap(),
-        }
+/// Memory in which so many bytes at a place of the kernel are others.
+fn changed(guest: &Guest, at: Gva, bytes: Vec<u8>) -> Changed<'_> {
+    let memory = guest.kernel.memory(&guest.dump);
+    Changed {
+        dump: &guest.dump,
+        at: memory.physical_of(at).unwrap(),
+        bytes,
     }
 }
 
-impl PhysicalMemory for WithoutFirst<'_> {
-    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
-        if at == self.head && into.len() == 8 {
-            into.copy_from_slice(&self.second);
-            return Ok(());
-        }
-        self.guest.dump.read(at, into)
-    }
+/// Memory in which a 32-bit member of the module is greater by one.
+fn one_more<'a>(guest: &'a Guest, module: &Module, offset: u64) -> (u32, Changed<'a>) {
+    let at = module.at.wrapping_add(offset);
+    let was = guest.kernel.memory(&guest.dump).read_u32(at).unwrap();
+    let bytes = (was + 1).to_le_bytes().to_vec();
+    (was, changed(guest, at, bytes))
+}
 
-    fn ram(&self) -> Vec<GpaRange> {
-        self.guest.dump.ram()
-    }
+/// Of the size of a module's text.
+fn text_size(types: &Types) -> u64 {
+    let of_text = |memories| {
+        let index = u64::try_from(types.enumerator("MOD_TEXT").unwrap()).unwrap();
+        let element = types.size_of("module_memory").unwrap();
+        memories + index * element + types.offset_of("module_memory", "size").unwrap()
+    };
+    let memories = types.offset_of("module", "mem").map(of_text);
+    memories.unwrap_or_else(|_| types.offset_of("module", "core_layout.text_size").unwrap())
 }
 
 #[test]
-fn unwind_tables_know_when_a_module_has_gone() {
-    each_guest(|guest| {
-        let modules = guest.kernel.modules(&guest.dump).unwrap();
-        let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &modules).unwrap();
-        assert!(unwinder.is_current(&guest.kernel, &guest.dump).unwrap());
+fn unwind_tables_know_when_a_module_has_gone_or_another_is_in_its_place() {
+    let no_end = Deadline::none();
+    some_guest(|guest| {
+        let kernel = &guest.kernel;
+        let modules = kernel.modules(&guest.dump).unwrap();
+        let unwinder = Unwinder::load(kernel, &guest.dump, &modules).unwrap();
+        let is_current = |memory: &dyn PhysicalMemory| {
+            let current = unwinder.is_current(kernel, memory, &no_end);
+            current.unwrap()
+        };
+        assert!(is_current(&guest.dump));
         // A kernel that cannot load modules has none to lose.
-        if modules.is_empty() {
-            return;
-        }
-        let later = WithoutFirst::of(guest);
-        assert!(!unwinder.is_current(&guest.kernel, &later).unwrap());
+        let Some(last) = modules.last() else {
+            return false;
+        };
+        let memory = kernel.memory(&guest.dump);
+        let head = kernel.place("modules").unwrap();
+        let second: [u8; 8] = memory
+            .read_array(memory.read_pointer(head).unwrap())
+            .unwrap();
+        assert!(!is_current(&changed(guest, head, second.to_vec())));
+        // Others in the place of the last: all the same but for this.
+        let (size, larger) = one_more(guest, last, text_size(&kernel.types));
+        assert_eq!(u64::from(size), last.text.size());
+        assert!(!is_current(&larger));
+        let counts = kernel.types.offset_of("module", "arch.num_orcs").unwrap();
+        let (count, longer) = one_more(guest, last, counts);
+        assert_eq!(count, last.orc.unwrap().count);
+        assert!(!is_current(&longer));
+        true
+    });
+}
+
+#[test]
+fn a_stop_that_has_no_time_left_does_not_look_at_modules() {
+    some_guest(|guest| {
+        let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &[]).unwrap();
+        let over = Deadline::within(Duration::ZERO);
+        let current = unwinder.is_current(&guest.kernel, &guest.dump, &over);
+        let some = !guest.kernel.modules(&guest.dump).unwrap().is_empty();
+        assert_eq!(matches!(current, Err(AttachError::Late { .. })), some);
+        some
     });
 }

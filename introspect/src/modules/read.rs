@@ -1,6 +1,7 @@
 //! Reads the module list. Which module is where stands in [`super`]; this owns the offsets and the walk.
 
 use crate::address::{Gva, GvaRange};
+use crate::deadline::Deadline;
 use crate::kernel::AttachError;
 use crate::modules::{Module, ModuleOrc, ModulePlace, ModuleState};
 use crate::paging::{KernelMemory, ReadError};
@@ -140,30 +141,32 @@ pub(crate) fn all(
     fields: &ModuleFields,
     head: Gva,
 ) -> Result<Vec<Module>, AttachError> {
-    each(memory, fields, head, |at| module(memory, fields, at))
+    let no_end = Deadline::none();
+    each(memory, fields, head, &no_end, |at| {
+        module(memory, fields, at)
+    })
 }
 
 /// Where the code of each lies, in the order of [`all`]; cheap enough to be asked inside a stop.
 ///
 /// # Errors
-/// As [`all`].
+/// As [`all`], or no time left.
 pub(crate) fn places(
     memory: &KernelMemory<'_>,
     fields: &ModuleFields,
     head: Gva,
+    deadline: &Deadline,
 ) -> Result<Vec<ModulePlace>, AttachError> {
-    each(
-        memory,
-        fields,
-        head,
-        |at| Ok(head_of(memory, fields, at)?.1),
-    )
+    each(memory, fields, head, deadline, |at| {
+        Ok(head_of(memory, fields, at)?.1)
+    })
 }
 
 fn each<T>(
     memory: &KernelMemory<'_>,
     fields: &ModuleFields,
     head: Gva,
+    deadline: &Deadline,
     read: impl Fn(Gva) -> Result<T, ReadError>,
 ) -> Result<Vec<T>, AttachError> {
     let mut found = Vec::new();
@@ -176,6 +179,7 @@ fn each<T>(
                 why,
             });
         }
+        deadline.allow("modules", found.len())?;
         found.push(read(at.wrapping_sub(fields.list))?);
         at = memory.read_pointer(at)?;
     }

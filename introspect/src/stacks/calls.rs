@@ -30,7 +30,10 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    /// Nothing is known. It holds for one stop: code changes in between.
+    /// Nothing is known. It holds for one round of stacks, in a stop or before one: code changes in between. That a
+    /// stop takes over what was found before it does no harm: the stack is the same since, so that a call that was
+    /// seen then is evidence still, whatever has been written over it; and where modules have come or gone the stop
+    /// does not go by stacks at all ([`is_current`](crate::unwind::Unwinder::is_current)).
     pub(super) fn new(init: Option<GvaRange>) -> Self {
         Self {
             init,

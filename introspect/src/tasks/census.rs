@@ -120,20 +120,24 @@ pub(crate) fn take(
     let queues = queues(fields, heads)?;
     let mut census = walk::all(memory, fields, heads, deadline, known)?;
     if let Ok(Leaving::Counted(counts)) = &fields.leaving {
-        census.missing = counts.missing(memory, heads, queues, &census.tasks)?;
+        census.missing = counts.missing(memory, heads, queues, &census.tasks, deadline)?;
     }
     Ok(census)
 }
 
 /// The run queues, if all is known that the lists of [`walk`] need to be complete.
 fn queues(fields: &TaskFields, heads: &Heads<'_>) -> Result<Gva, AttachError> {
-    let blind = |why: String| AttachError::Unsupported {
+    let blind = |why: String, instead: &str| AttachError::Unsupported {
         what: "tasks off the task list",
-        why,
+        why: format!("{why}; such a kernel cannot be patched{instead}"),
     };
-    let address = |name: &str| blind(format!("the address of `{name}` is not known"));
-    let members = |why: Blind| blind(why.to_string());
-    fields.on_cpu.clone().map_err(|why| members(why.into()))?;
+    let address = |name: &str| {
+        let why = format!("the address of `{name}` is not known");
+        blind(why, ": build it with CONFIG_KALLSYMS_ALL")
+    };
+    let members = |why: Blind| blind(why.to_string(), why.instead());
+    let on_cpu = fields.on_cpu.clone();
+    on_cpu.map_err(|why| blind(why.to_string(), ": build it with CONFIG_SMP"))?;
     let queue = fields.run_queue.as_ref();
     let queue = queue.map_err(|why| members(why.clone().into()))?;
     match &fields.leaving {
@@ -160,24 +164,26 @@ impl Counts {
         heads: &Heads<'_>,
         queues: Gva,
         tasks: &[Task],
-    ) -> Result<Option<Missing>, ReadError> {
+        deadline: &Deadline,
+    ) -> Result<Option<Missing>, AttachError> {
         let mut counted = 0_i64;
+        let mut reserved = Vec::with_capacity(heads.per_cpu_offset.len());
         for (cpu, offset) in heads.per_cpu_offset.iter().enumerate() {
             let queue = queues.wrapping_add(*offset);
             if memory.read_u32(queue.wrapping_add(self.lock))? != 0 {
                 return Ok(Some(Missing::Queue(cpu)));
             }
-            let reserved = self.reserved(memory, queue)?;
-            if reserved > 0 && reserved > self.of_tasks(memory, cpu, tasks)? {
-                return Ok(Some(Missing::Deadline(cpu)));
-            }
+            reserved.push(self.reserved(memory, queue)?);
             counted = counted.wrapping_add(self.asleep(memory, queue)?);
         }
         // Of four bytes a kernel takes the sum as such.
         if self.asleep.size == 4 {
             counted = i64::from(counted as i32);
         }
-        let found = self.sleepers(memory, tasks)?;
+        if let Some(cpu) = self.of_nobody(memory, reserved, tasks, deadline)? {
+            return Ok(Some(Missing::Deadline(cpu)));
+        }
+        let found = self.sleepers(memory, tasks, deadline)?;
         Ok((counted > found).then_some(Missing::Asleep { counted, found }))
     }
 
@@ -199,28 +205,41 @@ impl Counts {
         Ok(reserved)
     }
 
-    fn of_tasks(
+    /// The first CPU on which more is reserved, by their order, than the tasks there have.
+    fn of_nobody(
         &self,
         memory: &KernelMemory<'_>,
-        cpu: usize,
+        mut reserved: Vec<u64>,
         tasks: &[Task],
-    ) -> Result<u64, ReadError> {
-        let here = |task: &&Task| usize::try_from(task.cpu) == Ok(cpu);
-        let mut sum = 0_u64;
-        for task in tasks.iter().filter(here) {
-            let own = memory.read_u64(task.at.wrapping_add(self.bandwidth))?;
-            sum = sum.saturating_add(own);
+        deadline: &Deadline,
+    ) -> Result<Option<usize>, AttachError> {
+        if reserved.iter().all(|left| *left == 0) {
+            return Ok(None);
         }
-        Ok(sum)
+        for (done, task) in tasks.iter().enumerate() {
+            deadline.allow("tasks", done)?;
+            let own = memory.read_u64(task.at.wrapping_add(self.bandwidth))?;
+            let cpu = usize::try_from(task.cpu).ok();
+            if let Some(left) = cpu.and_then(|cpu| reserved.get_mut(cpu)) {
+                *left = left.saturating_sub(own);
+            }
+        }
+        Ok(reserved.iter().position(|left| *left > 0))
     }
 
     /// Tasks that are in the count for certain: on no queue, not on their way to or from a CPU.
-    fn sleepers(&self, memory: &KernelMemory<'_>, tasks: &[Task]) -> Result<i64, ReadError> {
+    fn sleepers(
+        &self,
+        memory: &KernelMemory<'_>,
+        tasks: &[Task],
+        deadline: &Deadline,
+    ) -> Result<i64, AttachError> {
         let counted = |task: &&Task| {
             !task.on_cpu && task.state & UNINTERRUPTIBLE != 0 && task.state & UNCOUNTED == 0
         };
         let mut found = 0;
-        for task in tasks.iter().filter(counted) {
+        for (done, task) in tasks.iter().filter(counted).enumerate() {
+            deadline.allow("tasks", done)?;
             let queued = memory.read_u32(task.at.wrapping_add(self.on_queue))?;
             found += i64::from(queued == 0);
         }

@@ -93,6 +93,17 @@ pub(crate) enum Blind {
     SleepingLocks,
 }
 
+impl Blind {
+    /// How a kernel would have to be built instead, as the end of a sentence; empty where that is not known.
+    pub(super) const fn instead(&self) -> &'static str {
+        match self {
+            Self::Type(_) => "",
+            Self::Groups => ": build it without CONFIG_RT_GROUP_SCHED",
+            Self::SleepingLocks => ": build it without CONFIG_PREEMPT_RT",
+        }
+    }
+}
+
 /// The real-time part of a run queue: one list for each priority, and a bit for each that is not empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RealTime {

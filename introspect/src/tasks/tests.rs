@@ -26,6 +26,7 @@ const COMM: u64 = 88;
 /// Always zero.
 const NOTHING: u64 = 104;
 const SAVED_SP: u64 = 112;
+const CPU: u64 = 120;
 
 /// Within a run queue.
 const IDLE: u64 = 0;
@@ -285,6 +286,13 @@ fn a_run_queue_that_changes_under_the_walk_ends_for_people_and_not_in_a_stop() {
         let why = guest.failure().to_string();
         assert!(why.starts_with("tasks: a task list does not end"), "{why}");
     }
+    guest.put(QUEUE + FAIR_HEAD, 0xffff_8880_0000_0000);
+    assert_eq!(guest.list().unwrap().len(), 2);
+    assert!(matches!(guest.failure(), AttachError::Read(_)));
+    // Whatever is on it is a task, in a stop.
+    guest.ring(&[QUEUE + FAIR_HEAD, BARE + FAIR]);
+    assert_eq!(guest.list().unwrap().len(), 2);
+    assert!(has(&guest.census().unwrap().0, BARE));
 }
 
 #[test]
@@ -309,7 +317,8 @@ fn the_gate_is_refused_where_the_list_of_leaving_tasks_is_not_found() {
     guest.exit_lists = None;
     assert_eq!(
         guest.refusal(),
-        "tasks off the task list: the address of `rcu_tasks__percpu` is not known"
+        "tasks off the task list: the address of `rcu_tasks__percpu` is not known; such a kernel cannot be patched: \
+         build it with CONFIG_KALLSYMS_ALL"
     );
 }
 
@@ -318,20 +327,22 @@ fn the_gate_is_refused_where_run_queues_are_not_found() {
     for mut guest in [Guest::listed(), Guest::counted()] {
         guest.queues = None;
         let why = guest.refusal();
-        assert!(
-            why.ends_with("address of `runqueues` is not known"),
-            "{why}"
-        );
+        assert!(why.contains("address of `runqueues` is not known"), "{why}");
         guest.queues = Some(Gva(QUEUE));
         guest.cpus = &[];
         let why = guest.refusal();
-        assert!(why.ends_with("`__per_cpu_offset` is not known"), "{why}");
+        assert!(why.contains("`__per_cpu_offset` is not known"), "{why}");
         guest.fields.run_queue = Err(no_member("rq", "idle"));
         let why = guest.refusal();
-        assert!(why.ends_with("`struct rq` has no member `idle`"), "{why}");
+        assert!(
+            why.contains("`struct rq` has no member `idle`; such"),
+            "{why}"
+        );
         guest.fields.on_cpu = Err(no_member("task_struct", "on_cpu"));
         let why = guest.refusal();
-        assert!(why.ends_with("has no member `on_cpu`"), "{why}");
+        let remedy =
+            "has no member `on_cpu`; such a kernel cannot be patched: build it with CONFIG_SMP";
+        assert!(why.ends_with(remedy), "{why}");
     }
 }
 
@@ -341,14 +352,17 @@ fn without_a_list_of_leaving_tasks_the_gate_needs_each_kind_of_queue() {
     let queue = guest.fields.run_queue.as_mut().unwrap();
     queue.real_time = Err(Blind::Groups);
     let why = guest.refusal();
-    assert!(why.contains("queued by group"), "{why}");
+    assert!(
+        why.ends_with("build it without CONFIG_RT_GROUP_SCHED"),
+        "{why}"
+    );
     let queue = guest.fields.run_queue.as_mut().unwrap();
     queue.fair = Err(no_member("rq", "cfs_tasks").into());
     let why = guest.refusal();
     assert!(why.contains("`cfs_tasks`"), "{why}");
     guest.fields.leaving = Err(Blind::SleepingLocks);
     let why = guest.refusal();
-    assert!(why.contains("sleep on spinlocks"), "{why}");
+    assert!(why.ends_with("build it without CONFIG_PREEMPT_RT"), "{why}");
 }
 
 #[test]
@@ -400,6 +414,33 @@ fn a_deadline_task_on_no_list_shows_in_what_is_reserved_for_it() {
     assert_eq!(guest.missing(), Some(Missing::Deadline(0)));
     guest.put(SLEEPER + BANDWIDTH, 30);
     assert_eq!(guest.missing(), None);
+    // Only what tasks of that CPU have counts, and that of all of them.
+    guest.fields.cpu = CPU;
+    guest.put(SLEEPER + CPU, 1);
+    assert_eq!(guest.missing(), Some(Missing::Deadline(0)));
+    guest.cpus = &[BASE.0, BASE.0 + 0x800];
+    guest.ring(&[0x800 + QUEUE + FAIR_HEAD]);
+    guest.put(0x800 + QUEUE + RESERVED, 30);
+    guest.put(INIT + BANDWIDTH, 30);
+    assert_eq!(guest.missing(), None);
+    guest.put(0x800 + QUEUE + RESERVED, 31);
+    assert_eq!(guest.missing(), Some(Missing::Deadline(1)));
+}
+
+/// The walk is over before it looks at the clock.
+#[test]
+fn the_counts_are_compared_within_the_deadline() {
+    for (at, word) in [(QUEUE + RESERVED, 1), (SLEEPER + STATE, 2)] {
+        let mut guest = Guest::counted();
+        guest.put(at, word);
+        guest.deadline = Deadline::within(Duration::ZERO);
+        let late = guest.failure();
+        assert!(
+            matches!(late, AttachError::Late { what: "tasks", .. }),
+            "{late}"
+        );
+        assert!(late.to_string().contains("try again"), "{late}");
+    }
 }
 
 #[test]
@@ -439,7 +480,7 @@ fn more_tasks_than_a_stop_can_bear_are_refused() {
     let fits = long(MOST_TASKS - 1, INIT);
     assert_eq!(fits.list().unwrap().len() as u64, MOST_TASKS);
     let guest = long(MOST_TASKS, INIT);
-    let why = "tasks: there are more than 262144, too many to look at in one stop";
+    let why = "tasks: there are more than 262144, too many to look at in one stop: try again when there are fewer";
     assert_eq!(guest.failure().to_string(), why);
 }
 

@@ -352,8 +352,9 @@ impl<'a> Walk<'a> {
     fn add(&mut self, at: Gva, kind: TaskKind) -> Result<(), Lost> {
         if self.seen.insert(at) {
             if self.found.len() as u64 >= MOST_TASKS {
-                let why =
-                    format!("there are more than {MOST_TASKS}, too many to look at in one stop");
+                let why = format!(
+                    "there are more than {MOST_TASKS}, too many to look at in one stop: try again when there are fewer"
+                );
                 return Err(Lost::Enough(unsupported(why)));
             }
             self.found.push(match (self.known)(at) {

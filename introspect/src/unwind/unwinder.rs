@@ -2,6 +2,7 @@
 //! each module, or that there are frame pointers; trampolines; entry code.
 
 use crate::address::{Gva, GvaRange};
+use crate::deadline::Deadline;
 use crate::kernel::{AttachError, Kernel};
 use crate::modules::{Module, ModuleOrc, ModulePlace, ModuleState};
 use crate::paging::{KernelMemory, ReadError};
@@ -102,13 +103,14 @@ impl Unwinder {
     /// inside a stop.
     ///
     /// # Errors
-    /// The module list cannot be read.
+    /// The module list cannot be read, or not before `deadline`.
     pub fn is_current(
         &self,
         kernel: &Kernel,
         physical: &dyn PhysicalMemory,
+        deadline: &Deadline,
     ) -> Result<bool, AttachError> {
-        Ok(kernel.module_places(physical)? == self.modules)
+        Ok(kernel.module_places(physical, deadline)? == self.modules)
     }
 
     /// An unwinder for one stretch of text with its ORC table: for text that is no kernel's.

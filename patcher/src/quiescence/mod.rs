@@ -55,7 +55,7 @@ pub fn examine(
     if let Some(what) = witness.text_patching(memory)? {
         busy.add(Finding::TextPatching { what });
     }
-    if !witness.same_modules(memory)? {
+    if !witness.same_modules(memory, deadline)? {
         busy.add(Finding::ModulesChanged);
     }
     if !busy.is_empty() {

@@ -26,8 +26,12 @@ pub trait Witness {
     /// gone, a frame of the one in its place would be followed wrongly and yet called reliable.
     ///
     /// # Errors
-    /// [`AttachError`]: it cannot be told.
-    fn same_modules(&self, memory: &dyn PhysicalMemory) -> Result<bool, AttachError>;
+    /// [`AttachError`]: it cannot be told, or not before `deadline`.
+    fn same_modules(
+        &self,
+        memory: &dyn PhysicalMemory,
+        deadline: &Deadline,
+    ) -> Result<bool, AttachError>;
 
     /// Every stack there is: of listed, idle and exiting tasks, and of vCPUs that match none of them. Read
     /// before `deadline`, or not at all.
@@ -74,8 +78,12 @@ impl Witness for LiveKernel<'_> {
         self.kernel.text_patching(memory)
     }
 
-    fn same_modules(&self, memory: &dyn PhysicalMemory) -> Result<bool, AttachError> {
-        self.unwinder.is_current(self.kernel, memory)
+    fn same_modules(
+        &self,
+        memory: &dyn PhysicalMemory,
+        deadline: &Deadline,
+    ) -> Result<bool, AttachError> {
+        self.unwinder.is_current(self.kernel, memory, deadline)
     }
 
     fn stacks(

@@ -104,7 +104,11 @@ impl Witness for ScriptedGuest {
         Ok(self.patching.borrow().clone())
     }
 
-    fn same_modules(&self, _memory: &dyn PhysicalMemory) -> Result<bool, AttachError> {
+    fn same_modules(
+        &self,
+        _memory: &dyn PhysicalMemory,
+        _deadline: &Deadline,
+    ) -> Result<bool, AttachError> {
         Ok(self.same_modules.get())
     }
 
