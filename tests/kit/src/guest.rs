@@ -204,9 +204,29 @@ impl Guest {
     /// Runs a shell command in the guest.
     ///
     /// # Errors
-    /// No answer within a minute, or it failed.
+    /// No answer within a minute, or it failed; the message then holds what can be seen of the guest from outside.
     pub fn ask(&mut self, command: &str) -> Result<Vec<String>> {
-        self.console.ask(command, Duration::from_secs(60))
+        let answer = self.console.ask(command, Duration::from_secs(60));
+        answer.with_context(|| format!("{command}\n{}", self.scene()))
+    }
+
+    /// How a guest that fell silent looks from outside: where its vCPUs stand, what every task waits for, what its log says.
+    fn scene(&self) -> String {
+        const MOST: usize = 20_000;
+        let mut scene = String::new();
+        for verb in ["vcpus", "stacks", "dmesg"] {
+            let mut inspect = self.tool.command();
+            let output = inspect.args(["inspect", verb, "--vm", &self.id]).output();
+            let Ok(output) = output else { continue };
+            let text = String::from_utf8_lossy(if output.status.success() {
+                &output.stdout
+            } else {
+                &output.stderr
+            });
+            let last = text.char_indices().rev().nth(MOST).map_or(0, |(at, _)| at);
+            scene.push_str(&format!("--- inspect {verb}\n{}\n", &text[last..]));
+        }
+        scene
     }
 
     /// What the guest's kernel says of itself: `places`, `symbols`, `tasks`, `stacks`, or all of it, `oracle`.
@@ -214,8 +234,8 @@ impl Guest {
     /// # Errors
     /// The guest does not answer, or not in the expected form.
     pub fn oracle(&mut self, what: &str) -> Result<Oracle> {
-        let lines = self.console.ask(what, Duration::from_secs(180))?;
-        Oracle::parse(&lines)
+        let lines = self.console.ask(what, Duration::from_secs(180));
+        Oracle::parse(&lines.with_context(|| format!("{what}\n{}", self.scene()))?)
     }
 
     /// Digests of the kernel's code, read-only data and arena table, taken now.
