@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::log::Baseline;
+use crate::tool::ended;
 use crate::{Answer, Console, Oracle, Ram, Snapshot, Tool};
 
 /// A guest image as `cargo xtask images` makes it.
@@ -216,13 +217,13 @@ impl Guest {
         let mut scene = String::new();
         for verb in ["vcpus", "stacks", "dmesg"] {
             let mut inspect = self.tool.command();
-            let output = inspect.args(["inspect", verb, "--vm", &self.id]).output();
-            let Ok(output) = output else { continue };
-            let text = String::from_utf8_lossy(if output.status.success() {
-                &output.stdout
-            } else {
-                &output.stderr
-            });
+            inspect.args(["inspect", verb, "--vm", &self.id]);
+            let text = match ended(&mut inspect, Duration::from_secs(60)) {
+                Ok(output) if output.status.success() => output.stdout,
+                Ok(output) => output.stderr,
+                Err(error) => error.to_string().into_bytes(),
+            };
+            let text = String::from_utf8_lossy(&text);
             let last = text.char_indices().rev().nth(MOST).map_or(0, |(at, _)| at);
             scene.push_str(&format!("--- inspect {verb}\n{}\n", &text[last..]));
         }

@@ -1,12 +1,19 @@
 //! One call of `vmpatch`: its exit code, its JSON answer, its words. Does not judge them.
 
 use std::ffi::OsStr;
+use std::io::Read;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+
+/// No call takes as long, not even where all is emulated and the host is busy.
+const LIMIT: Duration = Duration::from_secs(240);
+/// How often a call is looked at.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// The binary under test.
 #[derive(Clone, Debug)]
@@ -91,12 +98,10 @@ impl Tool {
         S: AsRef<OsStr>,
     {
         let since = Instant::now();
-        let output = self
-            .command()
-            .arg("--json")
-            .args(args)
-            .output()
-            .with_context(|| format!("cannot start {}", self.path.display()))?;
+        let mut command = self.command();
+        command.arg("--json").args(args);
+        let output = ended(&mut command, LIMIT)
+            .with_context(|| format!("cannot run {}", self.path.display()))?;
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         Ok(Answer {
             code: output.status.code(),
@@ -125,6 +130,55 @@ impl Tool {
     }
 }
 
+/// What a program said, once it has ended by itself.
+///
+/// # Errors
+/// It cannot be started, or did not end in time; it is killed then, and the message holds what it said.
+pub(crate) fn ended(command: &mut Command, limit: Duration) -> Result<Output> {
+    let until = Instant::now() + limit;
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("it does not start")?;
+    let stdout = child.stdout.take().map(read_all);
+    let stderr = child.stderr.take().map(read_all);
+    let said = |reader: Option<JoinHandle<Vec<u8>>>| {
+        reader
+            .and_then(|reader| reader.join().ok())
+            .unwrap_or_default()
+    };
+    loop {
+        if let Some(status) = child.try_wait().context("it cannot be waited for")? {
+            return Ok(Output {
+                status,
+                stdout: said(stdout),
+                stderr: said(stderr),
+            });
+        }
+        if Instant::now() >= until {
+            child.kill().context("it cannot be killed")?;
+            child.wait().context("it cannot be waited for")?;
+            bail!(
+                "it did not end within {} s, having said: {}{}",
+                limit.as_secs(),
+                String::from_utf8_lossy(&said(stdout)),
+                String::from_utf8_lossy(&said(stderr))
+            );
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What was read before an error is what there is.
+        let _ = from.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
 impl Answer {
     /// The answer, if the exit code is this one.
     ///
@@ -151,5 +205,20 @@ impl Answer {
             .get(key)
             .and_then(Value::as_f64)
             .with_context(|| format!("no number {key} in {}", self.stdout.trim()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_does_not_end_is_killed_and_its_words_are_kept() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo begun; exec sleep 60"]);
+        let error = ended(&mut command, Duration::from_millis(300)).unwrap_err();
+        assert!(error.to_string().contains("begun"), "{error}");
+        let output = ended(Command::new("sh").args(["-c", "exit 3"]), LIMIT).unwrap();
+        assert_eq!(output.status.code(), Some(3));
     }
 }
