@@ -105,15 +105,12 @@ fn tasks_equal_those_in_proc() {
             .keys()
             .filter(|tid| after.contains_key(tid) && !seen.contains_key(tid))
             .collect();
-        // Thread ids are given out in order: one born after the first list and gone before the second lies between the two.
-        let born_between = |tid: &i64| {
-            before.keys().next_back() < Some(tid) && Some(tid) < after.keys().next_back()
-        };
+        // Thread ids are given out in order: one born after the first list, and perhaps gone before the second, is greater than all
+        // of the first.
+        let born_since = |tid: &i64| before.keys().next_back() < Some(tid);
         let invented: Vec<_> = seen
             .keys()
-            .filter(|tid| {
-                !before.contains_key(tid) && !after.contains_key(tid) && !born_between(tid)
-            })
+            .filter(|tid| !before.contains_key(tid) && !after.contains_key(tid) && !born_since(tid))
             .collect();
         if (!lost.is_empty() || !invented.is_empty()) && attempt < 3 {
             continue;

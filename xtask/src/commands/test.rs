@@ -64,7 +64,9 @@ pub(crate) fn run(args: &TestArgs) -> Result<i32> {
     );
     let bench = Workbench::prepare(manifest, "test", &guests, &PATCHES)?;
     let program = build_test("e2e")?;
-    let mut script = String::new();
+    let log = bench.out().join("e2e.log");
+    // Begun anew, it is counted anew.
+    let mut script = format!("rm -f {}\n", log.display());
     for (guest, own) in &suites {
         let filter: Vec<&str> = if args.filter.is_empty() {
             own.to_vec()
@@ -75,7 +77,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<i32> {
             "echo; echo '## guest {guest}'; VMPATCH_GUEST={guest} {} --ignored --test-threads 1 {} 2>&1 | tee -a {}\n",
             program.display(),
             filter.join(" "),
-            bench.out().join("e2e.log").display(),
+            log.display(),
         ));
     }
     bench.run(vec!["/bin/sh".to_owned(), "-c".to_owned(), script], LIMIT)?;

@@ -9,9 +9,10 @@ use std::{fs, io, thread};
 use anyhow::{Context, Result, bail};
 
 use super::ramdisk::{self, Boot};
-use super::{Job, clear, wait, write_script};
+use super::{Job, Waited, clear, wait_while, write_script};
 use crate::emulator::{Emulator, Reaped};
 use crate::manifest::Manifest;
+use crate::progress;
 
 /// RAM of the test host. Guests of up to 1 GiB, several at once, fit beside the caches.
 const MEMORY: &str = "4G";
@@ -20,42 +21,85 @@ const MEMORY: &str = "4G";
 /// its VMCB's address in RAX. It then faults for ever or shuts down.
 const CPUS: &str = "1";
 
-/// Runs the job in the machine and returns its exit code.
+/// How often a job is begun anew where the machine itself fails under it.
+const MACHINES: u32 = 2;
+/// A machine that has shown no sign of life for so long hangs. It shows one every five seconds.
+const SILENCE: Duration = Duration::from_secs(90);
+
+/// How a machine ended.
+enum Ended {
+    /// The command came to its end, with this exit code.
+    Command(i32),
+    /// The machine failed: its kernel died or hangs. What the command would have come to is not known.
+    Machine(String),
+}
+
+/// Runs the job in the machine and returns its exit code. Emulation of nested virtualisation is not sound: where the machine
+/// itself fails, another is begun, and that is told.
 pub(super) fn run(manifest: &Manifest, job: &Job) -> Result<i32> {
+    let emulator = Emulator::find(manifest)?;
+    for left in (0..MACHINES).rev() {
+        match once(&emulator, manifest, job)? {
+            Ended::Command(code) => return Ok(code),
+            Ended::Machine(why) if left == 0 => bail!("{why}"),
+            Ended::Machine(why) => progress::warn(&format!(
+                "the emulated machine itself failed, so that nothing is known of the command: it is begun anew in another\n{why}"
+            )),
+        }
+    }
+    bail!("no machine was begun")
+}
+
+fn once(emulator: &Emulator, manifest: &Manifest, job: &Job) -> Result<Ended> {
     let boot = ramdisk::make(manifest)?;
     write_script(job)?;
     clear(&job.out, "exit")?;
+    clear(&job.out, "alive")?;
     let sockets = SocketDir::create()?;
     let _daemon = daemon(&sockets.path)?;
-    let mut qemu = qemu(&Emulator::find(manifest)?, &boot, &sockets.path, job)?;
+    let mut qemu = qemu(emulator, &boot, &sockets.path, job)?;
     let output = qemu
         .0
         .stdout
         .take()
         .context("QEMU's output is not a pipe")?;
     let copier = thread::spawn(move || pass_on(output));
-    let status = wait(&mut qemu.0, job.limit).context("cannot wait for QEMU")?;
+    let silent = || silence(job).is_some_and(|since| since > SILENCE);
+    let ended = wait_while(&mut qemu.0, job.limit, silent).context("cannot wait for QEMU")?;
     drop(copier.join());
-    if status.is_none() {
-        bail!(
+    let console = console(job);
+    Ok(match ended {
+        Waited::Ended(_) => ending(job),
+        Waited::GivenUp => Ended::Machine(format!(
+            "the test host gave no sign of life for {} s; its console is in {}",
+            SILENCE.as_secs(),
+            console.display()
+        )),
+        Waited::TimedOut => bail!(
             "the test host was ended after {} s; its console is in {}",
             job.limit.as_secs(),
-            console(job).display()
-        );
-    }
-    exit_code(job)
+            console.display()
+        ),
+    })
 }
 
-fn exit_code(job: &Job) -> Result<i32> {
+/// How long ago the machine last showed that it lives; `None` before it first does.
+fn silence(job: &Job) -> Option<Duration> {
+    let alive = fs::metadata(job.out.join("alive")).ok()?;
+    alive.modified().ok()?.elapsed().ok()
+}
+
+fn ending(job: &Job) -> Ended {
     let text = fs::read_to_string(job.out.join("exit")).unwrap_or_default();
-    text.trim().parse().ok().with_context(|| {
-        let log = fs::read(console(job)).unwrap_or_default();
-        format!(
-            "the test host ended without a result; its console ({}) tells:\n{}",
-            console(job).display(),
-            last_words(&String::from_utf8_lossy(&log))
-        )
-    })
+    if let Ok(code) = text.trim().parse() {
+        return Ended::Command(code);
+    }
+    let log = fs::read(console(job)).unwrap_or_default();
+    Ended::Machine(format!(
+        "the test host ended without a result; its console ({}) tells:\n{}",
+        console(job).display(),
+        last_words(&String::from_utf8_lossy(&log))
+    ))
 }
 
 /// What a console shows of a kernel's end: from the first sign of trouble, or the last lines where there is none.
@@ -122,8 +166,10 @@ fn daemon(sockets: &Path) -> Result<Reaped> {
 }
 
 fn qemu(emulator: &Emulator, boot: &Boot, sockets: &Path, job: &Job) -> Result<Reaped> {
+    // A periodic tick: a timer interrupt that the emulation loses while a guest runs is made up for by the next, where a tickless
+    // host waited for ever.
     let append = format!(
-        "console=ttyS0 tsc=reliable quiet panic=-1 vmpatch.out={}",
+        "console=ttyS0 tsc=reliable nohz=off highres=off quiet panic=-1 vmpatch.out={}",
         job.out.display()
     );
     let child = emulator

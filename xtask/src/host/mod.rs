@@ -133,22 +133,49 @@ fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-/// Waits for a child; after `limit` ends it and returns `None`.
+/// How waiting for a child ended.
+#[derive(Debug)]
+enum Waited {
+    Ended(std::process::ExitStatus),
+    /// Killed: what was watched for came.
+    GivenUp,
+    /// Killed: the time was over.
+    TimedOut,
+}
+
+/// Waits for a child; after `limit` ends it.
 fn wait(
     child: &mut std::process::Child,
     limit: Duration,
 ) -> io::Result<Option<std::process::ExitStatus>> {
+    Ok(match wait_while(child, limit, || false)? {
+        Waited::Ended(status) => Some(status),
+        Waited::GivenUp | Waited::TimedOut => None,
+    })
+}
+
+/// Waits for a child; after `limit`, or once `hopeless` holds, ends it.
+fn wait_while(
+    child: &mut std::process::Child,
+    limit: Duration,
+    hopeless: impl Fn() -> bool,
+) -> io::Result<Waited> {
     let until = std::time::Instant::now() + limit;
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
+            return Ok(Waited::Ended(status));
         }
-        if std::time::Instant::now() >= until {
-            child.kill()?;
-            child.wait()?;
-            return Ok(None);
-        }
-        std::thread::sleep(Duration::from_millis(50));
+        let why = match (hopeless(), std::time::Instant::now() >= until) {
+            (true, _) => Waited::GivenUp,
+            (_, true) => Waited::TimedOut,
+            (false, false) => {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        child.kill()?;
+        child.wait()?;
+        return Ok(why);
     }
 }
 
@@ -184,6 +211,13 @@ mod tests {
         let script = write_script(&job).unwrap();
         let output = Command::new("sh").arg(script).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), "it's one|$HOME|");
+    }
+
+    #[test]
+    fn a_child_without_hope_is_ended_before_its_limit() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let ended = wait_while(&mut child, Duration::from_secs(50), || true);
+        assert!(matches!(ended, Ok(Waited::GivenUp)), "{ended:?}");
     }
 
     #[test]
