@@ -76,7 +76,7 @@ pub(crate) fn check(
             &change,
             live.vm(),
             &tables.witness(&live),
-            StopRequest::default(),
+            StopRequest::for_change(),
         )
     })?;
     Ok(Checked {
@@ -153,7 +153,7 @@ fn attempt(
     let placed = intent.place(live.vm())?;
     Schedule::until(timeout).run(intent.observer(), || {
         tables.refresh(live).map_err(NotQuiet::Unknown)?;
-        let stopped = placed.stop(StopRequest::default())?;
+        let stopped = placed.stop(StopRequest::for_change())?;
         let quiet = stopped.check_stacks(&tables.witness(live))?;
         let written = quiet.write()?;
         Ok::<_, Attempt>(written.resume()?)

@@ -134,7 +134,7 @@ impl Tables {
     /// Unwind tables of a module that has come meanwhile cannot be read, and not only for a moment.
     pub(crate) fn refresh(&mut self, live: &Live) -> Result<(), AttachError> {
         let (kernel, vm) = (&live.kernel, live.vm());
-        let as_in_a_stop = || Deadline::within(StopRequest::default().examination());
+        let as_in_a_stop = || Deadline::within(StopRequest::for_change().examination());
         if !matches!(
             self.unwinder.is_current(kernel, vm, &as_in_a_stop()),
             Ok(true)

@@ -89,16 +89,38 @@ pub trait Target: PhysicalMemory {
     fn write_arena(&self, at: Gpa, bytes: &[u8]) -> Result<(), ArenaError>;
 }
 
-/// How long a stop may take to be reached, and how long it may last.
+/// How long a stop may take to be reached, how long it may last, and what it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopRequest {
     /// All vCPUs must be out of guest mode by then, or the stop is given up.
     pub deadline: Duration,
     /// After this the machine undoes what the stop wrote and resumes by itself.
     pub lease: Duration,
+    /// What is read of each vCPU.
+    pub detail: Detail,
+}
+
+/// How much is read of a vCPU in a stop: what is left out does not lengthen it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Detail {
+    /// All that the machine can tell.
+    #[default]
+    All,
+    /// What stacks are examined by. One that is halted may be called running.
+    Stacks,
 }
 
 impl StopRequest {
+    /// The usual stop for a change: the stacks are examined, bytes are written.
+    #[must_use]
+    pub fn for_change() -> Self {
+        Self {
+            detail: Detail::Stacks,
+            ..Self::default()
+        }
+    }
+
     /// How much of the lease may go into looking at the guest. The last quarter is for writing, comparing
     /// and resuming, which must not begin too late to end in time.
     #[must_use]
@@ -112,6 +134,7 @@ impl Default for StopRequest {
         Self {
             deadline: Duration::from_millis(100),
             lease: Duration::from_millis(500),
+            detail: Detail::All,
         }
     }
 }

@@ -9,6 +9,7 @@ use vmpatch_introspect::address::Gpa;
 use vmpatch_introspect::target::{
     Edit, PhysicalMemory, ResumeError, StopError, StopRequest, Target, WriteError,
 };
+use vmpatch_introspect::vcpu::Activity;
 use vmpatch_vmm::client;
 use vmpatch_vmm::vm::State;
 
@@ -21,6 +22,7 @@ fn request(lease_ms: u64) -> StopRequest {
     StopRequest {
         deadline: Duration::from_secs(2),
         lease: Duration::from_millis(lease_ms),
+        ..StopRequest::default()
     }
 }
 
@@ -52,6 +54,17 @@ fn a_guest_is_stopped_written_and_resumed() {
     assert!(holds(&target, DATA, b"after"));
     assert!(served.machine.memory().written_by_vmm(DATA));
     assert_eq!(served.machine.state(), State::Running);
+}
+
+/// By what a change asks for: of a vCPU without paging the registers do not tell whether it runs.
+#[test]
+fn a_vcpu_that_never_started_is_told_from_one_that_runs_also_in_the_shortest_stop() {
+    let Some(kvm) = kvm() else { return };
+    let served = Served::new(guest(&kvm, &LOOP, 2, recorder()));
+    let target = served.target();
+    let stopped = target.stop(StopRequest::for_change()).unwrap();
+    let activities: Vec<_> = stopped.vcpus().iter().map(|vcpu| vcpu.activity).collect();
+    assert_eq!(activities, [Activity::Running, Activity::WaitingForSipi]);
 }
 
 #[test]

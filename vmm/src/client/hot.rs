@@ -65,6 +65,7 @@ impl HotClient {
         let end = Instant::now() + limit;
         let mut seen = before;
         loop {
+            futex::look(&self.page.answer, seen);
             futex::wait(&self.page.answer, seen, Some(LOOK), Sharing::Shared);
             let word = self.page.answer.load(Ordering::SeqCst);
             if word >> 8 == number {

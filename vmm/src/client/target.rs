@@ -128,9 +128,7 @@ impl Session {
     }
 
     fn stop(&mut self, request: StopRequest) -> Result<(), StopError> {
-        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let arguments = [request.deadline, request.lease].map(nanoseconds);
-        self.hot.page().set_arguments(arguments);
+        self.hot.page().set_request(request);
         let limit = request.deadline.saturating_add(MARGIN);
         let answer = self
             .command(Operation::Stop, limit)

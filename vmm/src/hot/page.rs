@@ -8,9 +8,10 @@
 //! ```
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use vmpatch_introspect::address::Gpa;
-use vmpatch_introspect::target::{Edit, StopReport};
+use vmpatch_introspect::target::{Detail, Edit, StopReport, StopRequest};
 use vmpatch_introspect::vcpu::Vcpu;
 
 use super::registers::{SLOT_WORDS, from_words, to_words};
@@ -20,7 +21,7 @@ use crate::vm::{MAX_BATCH_BYTES, MAX_EDITS};
 /// "vmpatch\0" as a little-endian word.
 const MAGIC: u64 = u64::from_le_bytes(*b"vmpatch\0");
 /// Raised with every change of the layout.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Words for a batch, or for the bytes or the text that explain an answer: every edit has a head of two
 /// words, and both sides are padded to whole words.
 const AREA_WORDS: usize = 2 * MAX_BATCH_BYTES / 8 + 4 * MAX_EDITS;
@@ -36,8 +37,9 @@ pub(crate) struct Page {
     pub(crate) command: AtomicU32,
     /// What came of it: see [`Answer`]. A futex.
     pub(crate) answer: AtomicU32,
-    /// Of a stop: deadline and lease in nanoseconds. Of a write: the number of edits in the area.
-    arguments: [AtomicU64; 2],
+    /// Of a stop: deadline and lease in nanoseconds, and 1 where what stacks need will do. Of a write: the number of
+    /// edits in the area.
+    arguments: [AtomicU64; 3],
     /// Of an answer: see [`Detail`].
     detail: [AtomicU64; 2],
     /// Kick, registers, write, resume, window, in nanoseconds.
@@ -178,14 +180,33 @@ impl Page {
             && self.version.load(Ordering::Relaxed) == VERSION
     }
 
-    pub(crate) fn set_arguments(&self, arguments: [u64; 2]) {
-        for (word, argument) in self.arguments.iter().zip(arguments) {
-            word.store(argument, Ordering::Relaxed);
+    pub(crate) fn set_request(&self, request: StopRequest) {
+        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let detail = match request.detail {
+            Detail::All => 0,
+            Detail::Stacks => 1,
+        };
+        let [deadline, lease] = [request.deadline, request.lease].map(nanoseconds);
+        self.set_arguments([deadline, lease, detail]);
+    }
+
+    pub(crate) fn request(&self) -> StopRequest {
+        let [deadline, lease, detail] = [0, 1, 2].map(|at| load(&self.arguments, at));
+        StopRequest {
+            deadline: Duration::from_nanos(deadline),
+            lease: Duration::from_nanos(lease),
+            detail: if detail == 1 {
+                Detail::Stacks
+            } else {
+                Detail::All
+            },
         }
     }
 
-    pub(crate) fn arguments(&self) -> [u64; 2] {
-        [0, 1].map(|at| load(&self.arguments, at))
+    pub(crate) fn set_arguments(&self, arguments: [u64; 3]) {
+        for (word, argument) in self.arguments.iter().zip(arguments) {
+            word.store(argument, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn set_report(&self, report: &StopReport) {
@@ -203,7 +224,7 @@ impl Page {
     }
 
     pub(crate) fn report(&self) -> StopReport {
-        let time = |at| std::time::Duration::from_nanos(load(&self.report, at));
+        let time = |at| Duration::from_nanos(load(&self.report, at));
         StopReport {
             kick: time(0),
             registers: time(1),
@@ -264,14 +285,13 @@ impl Page {
             area.bytes(&edit.old)?;
             area.bytes(&edit.new)?;
         }
-        self.set_arguments([batch.len() as u64, 0]);
+        self.set_arguments([batch.len() as u64, 0, 0]);
         Some(())
     }
 
     /// Copies the batch out of the area; `None` if what is there is none.
     pub(crate) fn batch(&self) -> Option<Vec<Edit>> {
-        let [count, _] = self.arguments();
-        let count = usize::try_from(count).ok()?;
+        let count = usize::try_from(load(&self.arguments, 0)).ok()?;
         if count > MAX_EDITS {
             return None;
         }
@@ -387,12 +407,21 @@ mod tests {
     }
 
     #[test]
+    fn a_request_comes_out_as_it_went_in() {
+        let page = page();
+        for request in [StopRequest::default(), StopRequest::for_change()] {
+            page.set_request(request);
+            assert_eq!(page.request(), request);
+        }
+    }
+
+    #[test]
     fn lengths_past_the_area_are_no_batch() {
         let page = page();
-        page.set_arguments([1, 0]);
+        page.set_arguments([1, 0, 0]);
         page.area[1].store(u64::MAX, Ordering::Relaxed);
         assert_eq!(page.batch(), None);
-        page.set_arguments([u64::MAX, 0]);
+        page.set_arguments([u64::MAX, 0, 0]);
         assert_eq!(page.batch(), None);
     }
 

@@ -94,6 +94,9 @@ impl Session {
             self.end_if_expired();
             let word = self.page.command.load(Ordering::SeqCst);
             if word == seen {
+                if self.held.is_some() {
+                    futex::look(&self.page.command, seen);
+                }
                 let until = self.held.as_ref().map(|held| held.until);
                 futex::wait_either((&self.page.command, seen), (&self.gone, 0), until);
                 continue;
@@ -140,12 +143,13 @@ impl Session {
             return Answer::because(Status::NotRunning, 0, "this session has stopped it already");
         }
         self.expired = false;
-        let [deadline, lease] = self.page.arguments().map(Duration::from_nanos);
-        match self.machine.stop(deadline.min(MAX_DEADLINE)) {
+        let request = self.page.request();
+        let deadline = request.deadline.min(MAX_DEADLINE);
+        match self.machine.stop_for(deadline, request.detail) {
             Ok(stopped) => {
                 self.page.set_registers(stopped.vcpus());
                 self.page.set_report(&stopped.report());
-                let until = Instant::now() + lease.min(MAX_LEASE);
+                let until = Instant::now() + request.lease.min(MAX_LEASE);
                 self.held = Some(Held { stopped, until });
                 Answer::plain(Status::Done)
             }
@@ -251,7 +255,7 @@ mod tests {
             let answer = command(page, operation.numbered(number as u32 + 1));
             assert_eq!(answer.status, Status::Refused, "{operation:?}");
         }
-        page.set_arguments([1_000_000_000, 10_000_000_000]);
+        page.set_arguments([1_000_000_000, 10_000_000_000, 0]);
         assert_eq!(
             command(page, Operation::Stop.numbered(9)).status,
             Status::Done
@@ -300,12 +304,12 @@ mod tests {
                 };
                 words[(random() % reach) as usize].store(value, Ordering::SeqCst);
             }
-            page.set_arguments([random() % 3_000_000, random() % 2_000_000]);
+            page.set_arguments([random() % 3_000_000, random() % 2_000_000, 0]);
             let operation = (random() % 6) as u32;
             command(page, number << 8 | operation);
         }
         command(page, Operation::Abandon.numbered(0xff_fff0));
-        page.set_arguments([2_000_000_000, 10_000_000_000]);
+        page.set_arguments([2_000_000_000, 10_000_000_000, 0]);
         assert_eq!(
             command(page, Operation::Stop.numbered(0xff_fff1)).status,
             Status::Done
@@ -320,7 +324,7 @@ mod tests {
         let Some(machine) = spinning() else { return };
         let server = HotServer::start(Arc::clone(&machine)).unwrap();
         let page = server.page();
-        page.set_arguments([u64::MAX, 0]);
+        page.set_arguments([u64::MAX, 0, 0]);
         assert_eq!(
             command(page, Operation::Stop.numbered(1)).status,
             Status::Done
@@ -330,7 +334,7 @@ mod tests {
             Status::LeaseExpired
         );
         assert_eq!(machine.state(), State::Running);
-        page.set_arguments([u64::MAX, u64::MAX]);
+        page.set_arguments([u64::MAX, u64::MAX, 0]);
         assert_eq!(
             command(page, Operation::Stop.numbered(3)).status,
             Status::Done

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use vmpatch_introspect::target::Detail;
 use vmpatch_introspect::vcpu::Vcpu;
 
 use super::futex::{self, Sharing};
@@ -32,7 +33,7 @@ pub(super) enum Kind {
     /// Run the guest.
     Run,
     /// Leave guest mode, store the registers, stand.
-    Stop,
+    Stop(Detail),
     /// Leave for good.
     End,
 }
@@ -50,7 +51,8 @@ impl Wish {
         let number = if number == 0 { 1 } else { number };
         match kind {
             Kind::Run => Self(number << 2),
-            Kind::Stop => Self(number << 2 | 1),
+            Kind::Stop(Detail::All) => Self(number << 2 | 1),
+            Kind::Stop(Detail::Stacks) => Self(number << 2 | 3),
             Kind::End => Self::END,
         }
     }
@@ -58,7 +60,8 @@ impl Wish {
     pub(super) const fn kind(self) -> Kind {
         match self.0 & 3 {
             0 => Kind::Run,
-            1 => Kind::Stop,
+            1 => Kind::Stop(Detail::All),
+            3 => Kind::Stop(Detail::Stacks),
             _ => Kind::End,
         }
     }
@@ -130,9 +133,9 @@ impl Gate {
 
     /// Closes the gate and waits until every vCPU stands, kicking again those that do not answer. If
     /// one is late the gate is opened again. Only one asker may close at a time.
-    pub(super) fn close(&self, deadline: Duration) -> Result<Closed, CloseError> {
+    pub(super) fn close(&self, deadline: Duration, detail: Detail) -> Result<Closed, CloseError> {
         let begin = Instant::now();
-        let wish = self.change(Kind::Stop).ok_or(CloseError::Ended)?;
+        let wish = self.change(Kind::Stop(detail)).ok_or(CloseError::Ended)?;
         let end = begin + deadline;
         loop {
             let bell = self.bell.load(Ordering::SeqCst);
@@ -176,6 +179,7 @@ impl Gate {
             if now >= end {
                 return now;
             }
+            futex::look(&self.bell, bell);
             futex::wait(&self.bell, bell, Some(end - now), Sharing::Private);
         }
     }
@@ -202,6 +206,7 @@ impl Gate {
         post.stands_for.store(wish.0, Ordering::SeqCst);
         self.ring();
         meanwhile();
+        futex::look(&self.wish, wish.0);
         while self.wish() == wish {
             futex::wait(&self.wish, wish.0, None, Sharing::Private);
         }
@@ -230,7 +235,7 @@ impl Gate {
     fn change(&self, kind: Kind) -> Option<Wish> {
         let next = |now| match Wish(now).kind() {
             Kind::End => None,
-            Kind::Run | Kind::Stop => Some(Wish(now).after(kind).0),
+            Kind::Run | Kind::Stop(_) => Some(Wish(now).after(kind).0),
         };
         let before = self
             .wish
@@ -259,6 +264,7 @@ impl Gate {
             if left.is_zero() {
                 return;
             }
+            futex::look(&self.bell, bell);
             futex::wait(&self.bell, bell, Some(left), Sharing::Private);
             bell = self.bell.load(Ordering::SeqCst);
         }

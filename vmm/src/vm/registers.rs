@@ -20,6 +20,9 @@ const EFER_SVME: u64 = 1 << 12;
 /// CR4.VMXE: Intel virtualisation is in use (Intel SDM vol. 3 section 23.7).
 const CR4_VMXE: u64 = 1 << 13;
 
+/// CR0.PG: paging is on (Intel SDM vol. 3 section 2.5).
+const CR0_PAGING: u64 = 1 << 31;
+
 /// The MSRs that go into a [`Vcpu`], in a buffer that is reused.
 #[derive(Debug)]
 pub(super) struct MsrReader(Option<Msrs>);
@@ -50,6 +53,14 @@ pub(super) struct Core {
     pub(super) regs: kvm_regs,
     pub(super) sregs: kvm_sregs,
     pub(super) smm: bool,
+}
+
+impl Core {
+    /// Whether the vCPU is past its start-up, so that it runs or is halted: INIT switches paging off (Intel SDM
+    /// vol. 3, "Processor State After Reset").
+    pub(super) const fn is_started(&self) -> bool {
+        self.sregs.cr0 & CR0_PAGING != 0
+    }
 }
 
 /// Reads the multiprocessing state. KVM delivers a pending INIT or start-up IPI here, which changes the

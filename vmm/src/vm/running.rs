@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Cap, VmFd};
-use vmpatch_introspect::target::StopError;
+use vmpatch_introspect::target::{Detail, StopError};
 
 use super::gate::{CloseError, Closed, Gate};
 use super::outcome::Outcome;
@@ -143,8 +143,20 @@ impl Running {
     /// # Errors
     /// [`StopError`]; the guest then runs on as before.
     pub fn stop(self: &Arc<Self>, deadline: Duration) -> Result<Stopped, StopError> {
+        self.stop_for(deadline, Detail::All)
+    }
+
+    /// The same, where less of each vCPU will do.
+    ///
+    /// # Errors
+    /// As [`stop`](Self::stop).
+    pub(crate) fn stop_for(
+        self: &Arc<Self>,
+        deadline: Duration,
+        detail: Detail,
+    ) -> Result<Stopped, StopError> {
         let begin = Instant::now();
-        let closed = self.hold(Holder::Patch, deadline)?;
+        let closed = self.hold(Holder::Patch, deadline, detail)?;
         let (kick, registers) = (closed.kick, closed.reading);
         Ok(Stopped::new(
             Arc::clone(self),
@@ -160,7 +172,7 @@ impl Running {
     /// # Errors
     /// [`StopError`]; the guest then runs on as before.
     pub fn pause(&self, deadline: Duration) -> Result<(), StopError> {
-        self.hold(Holder::Owner, deadline).map(drop)
+        self.hold(Holder::Owner, deadline, Detail::Stacks).map(drop)
     }
 
     /// Ends the owner's pause.
@@ -171,7 +183,12 @@ impl Running {
         self.let_go(Holder::Owner).map(drop)
     }
 
-    fn hold(&self, holder: Holder, deadline: Duration) -> Result<Closed, StopError> {
+    fn hold(
+        &self,
+        holder: Holder,
+        deadline: Duration,
+        detail: Detail,
+    ) -> Result<Closed, StopError> {
         if let Some(outcome) = self.outcome() {
             return Err(StopError::NotRunning(outcome.to_string()));
         }
@@ -179,7 +196,7 @@ impl Running {
             let mut state = self.state_slot();
             *state = state.begin(holder).map_err(StopError::NotRunning)?;
         }
-        let closed = self.shared.gate.close(deadline);
+        let closed = self.shared.gate.close(deadline, detail);
         *self.state_slot() = match closed {
             Ok(_) => State::Stopped(holder),
             Err(_) => State::Running,

@@ -18,8 +18,8 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS};
 use kvm_ioctls::VcpuFd;
 use vmpatch_introspect::address::Gpa;
-use vmpatch_introspect::target::PhysicalMemory;
-use vmpatch_introspect::vcpu::Vcpu;
+use vmpatch_introspect::target::{Detail, PhysicalMemory};
+use vmpatch_introspect::vcpu::{Activity, Vcpu};
 
 use super::exit::{self, Came};
 use super::gate::{Kind, Post, Wish};
@@ -91,9 +91,9 @@ impl Runner {
             let wish = self.shared.gate.wish();
             match wish.kind() {
                 Kind::Run => last = self.turn()?,
-                Kind::Stop => {
+                Kind::Stop(detail) => {
                     self.shared.gate.left_guest(post);
-                    self.stand(post, wish, last)?;
+                    self.stand(post, (wish, detail), last)?;
                     last = Turned::Served;
                 }
                 Kind::End => return Ok(()),
@@ -114,9 +114,17 @@ impl Runner {
     }
 
     /// Stores the registers and stands until the wish changes. Comes back without where it changes before.
-    fn stand(&mut self, post: &Post, wish: Wish, last: Turned) -> Result<(), Box<Outcome>> {
+    fn stand(
+        &mut self,
+        post: &Post,
+        (wish, detail): (Wish, Detail),
+        last: Turned,
+    ) -> Result<(), Box<Outcome>> {
         let stored = self.stored().filter(|_| last == Turned::Interrupted);
-        let activity = registers::activity(&self.fd).map_err(|fault| self.crash(fault))?;
+        let activity = match &stored {
+            Some(core) if detail == Detail::Stacks && core.is_started() => Activity::Running,
+            _ => registers::activity(&self.fd).map_err(|fault| self.crash(fault))?,
+        };
         let core = match stored {
             // The kick itself ended the last entry, so no I/O is pending.
             Some(core) => Some(core),
