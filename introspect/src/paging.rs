@@ -282,6 +282,22 @@ impl<'a> KernelMemory<'a> {
         self.read_array(at).map(u64::from_le_bytes)
     }
 
+    /// Little-endian words at these offsets from `at`, one after the other in this order, into as many of `into`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_words(&self, at: Gva, offsets: &[u64], into: &mut [u64]) -> Result<(), ReadError> {
+        let (frame, left) = self.locate(at)?;
+        let fits = |offset: &u64| offset.checked_add(8).is_some_and(|end| end <= left);
+        if offsets.iter().all(fits) {
+            return Ok(self.physical.read_words(frame, offsets, into)?);
+        }
+        for (offset, word) in offsets.iter().zip(into) {
+            *word = self.read_u64(at.wrapping_add(*offset))?;
+        }
+        Ok(())
+    }
+
     /// A pointer.
     ///
     /// # Errors

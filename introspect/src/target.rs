@@ -38,6 +38,17 @@ pub trait PhysicalMemory {
         self.read(at, &mut word)?;
         Ok(u64::from_le_bytes(word))
     }
+
+    /// Little-endian words at these offsets from `at`, one after the other in this order, into as many of `into`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn read_words(&self, at: Gpa, offsets: &[u64], into: &mut [u64]) -> Result<(), MemoryError> {
+        for (offset, word) in offsets.iter().zip(into) {
+            *word = self.read_u64(at.wrapping_add(*offset))?;
+        }
+        Ok(())
+    }
 }
 
 /// Why guest-physical memory could not be read.

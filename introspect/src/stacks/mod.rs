@@ -7,8 +7,6 @@ pub(crate) mod cpu;
 mod pairing;
 mod sleepers;
 
-use std::cell::RefCell;
-
 use serde::{Deserialize, Serialize};
 
 use crate::address::{Gva, GvaRange};
@@ -17,6 +15,7 @@ use crate::kernel::{AttachError, Kernel};
 use crate::paging::KernelMemory;
 use crate::target::PhysicalMemory;
 use crate::tasks::census::Census;
+use crate::tasks::words::Words;
 use crate::tasks::{Missing, Task};
 use crate::unwind::{Hidden, StackKind, StackPool, StackSpan, Trace, Unreliable, Unwinder};
 use crate::vcpu::Vcpu;
@@ -84,15 +83,8 @@ pub fn all_but(
     known: &Sleepers,
 ) -> Result<Vec<Stack>, AttachError> {
     let memory = kernel.memory(physical);
-    let slept = RefCell::new(Vec::with_capacity(known.len()));
-    let asleep = |at| {
-        let (task, stack) = known.take(&memory, kernel.task_fields()?, at)?;
-        slept.borrow_mut().push((at, stack));
-        Some(task)
-    };
+    let asleep = |at, words: &Words| known.take(at, words);
     let Census { tasks, missing } = kernel.every_task(&memory, deadline, &asleep)?;
-    // They were asked for in the order in which the tasks were found.
-    let mut slept = slept.into_inner().into_iter().peekable();
     let places = unwinder.places();
     let cpus: Vec<Cpu> = vcpus
         .iter()
@@ -102,16 +94,10 @@ pub fn all_but(
     let mut reader = Reader::new(kernel.layout.init, unwinder, memory, vcpus, &cpus);
     let mut stacks = Vec::with_capacity(tasks.len() + pairing.unmatched.len() + 1);
     for (task, doing) in tasks.into_iter().zip(pairing.tasks) {
-        if deadline.is_over() {
-            return Err(AttachError::Late {
-                what: "stacks",
-                done: stacks.len(),
-                allowed: deadline.allowed(),
-            });
-        }
-        let read = slept.next_if(|(at, _)| *at == task.at);
-        stacks.push(match read.filter(|_| doing == Doing::Sleeps) {
-            Some((_, stack)) => Stack {
+        deadline.allow("stacks", stacks.len())?;
+        let slept = known.take_stack(task.at);
+        stacks.push(match slept.filter(|_| doing == Doing::Sleeps) {
+            Some(stack) => Stack {
                 task: Some(task),
                 ..stack
             },

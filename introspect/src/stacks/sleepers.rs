@@ -10,7 +10,8 @@
 //! ```
 //!
 //! has not run since the third of these: it would have been counted on its way out. The counts must be read
-//! before `on_cpu`: after it, a task on its way out could have been counted already and not yet be out.
+//! before `on_cpu`: after it, a task on its way out could have been counted already and not yet be out. In that
+//! order its words are read ([`TaskWords`]).
 //!
 //! Another task may have taken the place of the first in memory, by chance with the same counts. It was started
 //! later, or has called `execve` since: a thread that does takes over the start of the first one of its process
@@ -21,14 +22,17 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use foldhash::fast::RandomState;
 
 use crate::address::Gva;
 use crate::deadline::Deadline;
 use crate::kernel::Kernel;
-use crate::paging::KernelMemory;
 use crate::target::PhysicalMemory;
+use crate::tasks::Task;
 use crate::tasks::fields::TaskFields;
-use crate::tasks::{Task, walk};
+use crate::tasks::words::{TaskWords, Words};
 use crate::unwind::Unwinder;
 
 use super::pairing::Doing;
@@ -37,51 +41,19 @@ use super::{Reader, Stack};
 #[cfg(test)]
 mod tests;
 
-/// The tasks and their stacks, by `struct task_struct`. For one stop: a task that a stop has asked for is known no
-/// more, whatever the answer was, so that a second stop reads its stack anew.
+/// The tasks and their stacks, by `struct task_struct`. For one stop: what it did not take is dropped with them.
 #[derive(Debug, Default)]
 pub struct Sleepers {
-    known: RefCell<HashMap<Gva, Sleeper>>,
+    /// `None` where nothing is known.
+    words: Option<TaskWords>,
+    known: RefCell<HashMap<Gva, Sleeper, RandomState>>,
 }
 
 #[derive(Debug)]
 struct Sleeper {
-    mark: Mark,
-    task: Task,
+    words: Words,
+    /// Without its task once a stop has taken that.
     stack: Stack,
-}
-
-/// What is another once the task has run, or is another task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mark {
-    /// Of kernels that have them.
-    canary: Option<u64>,
-    /// Start since boot in nanoseconds.
-    started: u64,
-    /// Calls of `execve`, of its forefathers too.
-    executions: u64,
-    stack: Gva,
-    /// `nvcsw` and `nivcsw`: switches away, wanted and unwanted.
-    switches: [u64; 2],
-}
-
-impl Mark {
-    /// `None` where the kernel does not tell, or its memory cannot be read.
-    fn of(memory: &KernelMemory<'_>, fields: &TaskFields, task: Gva) -> Option<Self> {
-        let word = |offset| memory.read_u64(task.wrapping_add(offset)).ok();
-        let [wanted, unwanted] = fields.switches?;
-        // Read in this order: see above.
-        Some(Self {
-            canary: match fields.stack_canary {
-                Some(canary) => Some(word(canary)?),
-                None => None,
-            },
-            started: word(fields.start_boottime?)?,
-            executions: word(fields.exec_id?)?,
-            stack: Gva(word(fields.stack)?),
-            switches: [word(wanted)?, word(unwanted)?],
-        })
-    }
 }
 
 impl Sleepers {
@@ -109,12 +81,16 @@ impl Sleepers {
         tasks: &[Task],
         deadline: &Deadline,
     ) -> Self {
-        let mut known = HashMap::new();
-        for task in tasks.iter().take_while(|_| !deadline.is_over()) {
-            let sleeper = Sleeper::read(reader, fields, task);
-            known.extend(sleeper.map(|sleeper| (task.at, sleeper)));
+        let words = TaskWords::of(fields);
+        let mut known = HashMap::default();
+        if words.tells_sleep() {
+            for task in tasks.iter().take_while(|_| !deadline.is_over()) {
+                let sleeper = Sleeper::read(reader, &words, task);
+                known.extend(sleeper.map(|sleeper| (task.at, sleeper)));
+            }
         }
         Self {
+            words: Some(words),
             known: RefCell::new(known),
         }
     }
@@ -131,45 +107,45 @@ impl Sleepers {
         self.len() == 0
     }
 
-    /// The task, as it is now in a stopped guest, and its stack, if it is known and has not run since.
-    pub(super) fn take(
-        &self,
-        memory: &KernelMemory<'_>,
-        fields: &TaskFields,
-        at: Gva,
-    ) -> Option<(Task, Stack)> {
+    /// The task that has these words in a stop, as it is then, if it is known and has not run since: others may have
+    /// woken it or moved it to another CPU. A task is given once; its stack is then kept for
+    /// [`take_stack`](Self::take_stack).
+    pub(super) fn take(&self, at: Gva, now: &Words) -> Option<Task> {
+        let words = self.words.as_ref()?;
+        let mut known = self.known.borrow_mut();
+        let Entry::Occupied(mut entry) = known.entry(at) else {
+            return None;
+        };
+        let sleeper = entry.get_mut();
+        match sleeper.stack.task.take() {
+            Some(task) if words.sleeps_on(&sleeper.words, now) => Some(Task {
+                state: words.state(now),
+                cpu: words.cpu(now),
+                ..task
+            }),
+            _ => {
+                entry.remove();
+                None
+            }
+        }
+    }
+
+    /// The stack, without its task, of a task that was taken.
+    pub(super) fn take_stack(&self, at: Gva) -> Option<Stack> {
         let sleeper = self.known.borrow_mut().remove(&at)?;
-        let task = now(memory, fields, sleeper.task, sleeper.mark)?;
-        Some((task, sleeper.stack))
+        sleeper.stack.task.is_none().then_some(sleeper.stack)
     }
 }
 
 impl Sleeper {
     /// `None` for a task that runs, has no stack, or cannot be read.
-    fn read(reader: &mut Reader<'_>, fields: &TaskFields, listed: &Task) -> Option<Self> {
-        // Where `on_cpu` is not known, nothing tells that a task runs.
-        fields.on_cpu.as_ref().ok()?;
-        let mark = Mark::of(&reader.memory, fields, listed.at)?;
-        let task = walk::read(&reader.memory, fields, listed.at, listed.kind).ok()?;
+    fn read(reader: &mut Reader<'_>, members: &TaskWords, listed: &Task) -> Option<Self> {
+        let words = members.read(&reader.memory, listed.at).ok()?;
+        let task = members.task(&words, listed.at, listed.kind);
         if task.on_cpu || task.stack.is_none() {
             return None;
         }
-        let stack = reader.task(task.clone(), Doing::Sleeps).ok()?;
-        Some(Self { mark, task, stack })
+        let stack = reader.task(task, Doing::Sleeps).ok()?;
+        Some(Self { words, stack })
     }
-}
-
-/// The task as it is now, if it has not run since its mark was read. Others may have woken it, moved it to another CPU, or
-/// freed its stack, if it is dead.
-fn now(memory: &KernelMemory<'_>, fields: &TaskFields, task: Task, mark: Mark) -> Option<Task> {
-    let word = |offset| memory.read_u32(task.at.wrapping_add(offset)).ok();
-    let runs = word(*fields.on_cpu.as_ref().ok()?)? != 0;
-    let freed = fields.stack_refcount.map_or(Some(1), word)? == 0;
-    let saved_sp = memory.read_pointer(task.at.wrapping_add(fields.saved_sp));
-    let same = saved_sp == Ok(task.saved_sp) && Mark::of(memory, fields, task.at) == Some(mark);
-    (same && !runs && !freed).then_some(Task {
-        state: word(fields.state)?,
-        cpu: word(fields.cpu)?,
-        ..task
-    })
 }

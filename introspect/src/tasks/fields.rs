@@ -8,8 +8,6 @@ use super::census::Counts;
 /// Kernel stack size where the kernel's types do not tell (Linux v6.12
 /// arch/x86/include/asm/page_64_types.h, THREAD_SIZE without KASAN).
 const USUAL_STACK: u64 = 16 << 10;
-/// Length of `comm` (Linux v6.12 include/linux/sched.h, TASK_COMM_LEN).
-pub(super) const COMM: usize = 16;
 
 /// Offsets within `task_struct`, `signal_struct` and the run queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +17,7 @@ pub(crate) struct TaskFields {
     pub(crate) tasks: u64,
     pub(crate) pid: u64,
     pub(crate) tgid: u64,
+    /// 16 bytes (Linux v6.12 include/linux/sched.h, TASK_COMM_LEN).
     pub(crate) comm: u64,
     pub(crate) state: u64,
     pub(crate) flags: u64,
@@ -33,7 +32,7 @@ pub(crate) struct TaskFields {
     pub(crate) threads: Threads,
     pub(crate) run_queue: Result<RunQueue, TypeError>,
     pub(crate) leaving: Result<Leaving, Blind>,
-    /// `thread_info.cpu`'s neighbour in time: when the task was started since boot, in ns.
+    /// When the task was started since boot, in nanoseconds.
     pub(crate) start_boottime: Option<u64>,
     /// Kernels without CONFIG_STACKPROTECTOR have none.
     pub(crate) stack_canary: Option<u64>,

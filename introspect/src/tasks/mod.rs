@@ -6,6 +6,7 @@ pub(crate) mod fields;
 #[cfg(test)]
 pub(crate) mod tests;
 pub(crate) mod walk;
+pub(crate) mod words;
 
 pub use census::Missing;
 pub use walk::MOST_TASKS;

@@ -9,16 +9,16 @@
 
 use std::collections::HashSet;
 
+use foldhash::fast::RandomState;
+
 use crate::address::{Gva, GvaRange};
 use crate::deadline::Deadline;
 use crate::kernel::AttachError;
 use crate::paging::{KernelMemory, ReadError};
 use crate::tasks::census::{Census, Missing};
-use crate::tasks::fields::{COMM, Leaving, RealTime, TaskFields};
+use crate::tasks::fields::{Leaving, RealTime, TaskFields};
+use crate::tasks::words::{Links, TaskWords, Words};
 use crate::tasks::{Task, TaskKind};
-
-/// `PF_KTHREAD` (Linux v6.12 include/linux/sched.h).
-const KERNEL_THREAD: u32 = 0x0020_0000;
 
 /// `MAX_RT_PRIO` (Linux v6.12 include/linux/sched/prio.h) and the size of `struct list_head`.
 const REAL_TIME_PRIORITIES: u64 = 100;
@@ -46,11 +46,11 @@ pub(crate) struct Heads<'a> {
     pub(crate) ram: u64,
 }
 
-/// Tasks that are known already, as they are now: these are not read.
-pub(crate) type Known<'a> = &'a dyn Fn(Gva) -> Option<Task>;
+/// Tasks that are known already, as they are now, by their words.
+pub(crate) type Known<'a> = &'a dyn Fn(Gva, &Words) -> Option<Task>;
 
 /// No task is known.
-pub(crate) const fn nobody(_: Gva) -> Option<Task> {
+pub(crate) const fn nobody(_: Gva, _: &Words) -> Option<Task> {
     None
 }
 
@@ -58,7 +58,8 @@ pub(crate) const fn nobody(_: Gva) -> Option<Task> {
 struct Walk<'a> {
     memory: &'a KernelMemory<'a>,
     fields: &'a TaskFields,
-    seen: HashSet<Gva>,
+    words: TaskWords,
+    seen: HashSet<Gva, RandomState>,
     found: Vec<Task>,
     /// What shows that there are tasks that were not found.
     missing: Option<Missing>,
@@ -174,7 +175,8 @@ impl<'a> Walk<'a> {
         Self {
             memory,
             fields,
-            seen: HashSet::new(),
+            words: TaskWords::of(fields),
+            seen: HashSet::default(),
             found: Vec::new(),
             missing: None,
             budget: most * 4,
@@ -210,20 +212,47 @@ impl<'a> Walk<'a> {
     /// Processes, and the threads of each. A process whose first thread is gone keeps its place with a
     /// dead one.
     fn listed(&mut self, init_task: Gva) -> Result<(), AttachError> {
-        let threads = self.fields.threads;
-        let mut place = Place::first(init_task.wrapping_add(self.fields.tasks));
-        while let Some(at) = self.next(&mut place)? {
+        let head = init_task.wrapping_add(self.fields.tasks);
+        let mut place = Place::first(head);
+        let mut next = self.memory.read_pointer(head)?;
+        while let Some(at) = self.step(&mut place, next)? {
             let task = at.wrapping_sub(self.fields.tasks);
-            self.add(task, TaskKind::Listed)?;
-            let signal = self
-                .memory
-                .read_pointer(task.wrapping_add(threads.signal))?;
-            if signal.0 != 0 {
-                let head = signal.wrapping_add(threads.head);
-                self.list(head, threads.node, TaskKind::Listed)?;
+            let links = self.visit(task)?;
+            if links.signal.0 != 0 {
+                self.threads(task, links)?;
             }
+            next = links.tasks;
         }
         Ok(())
+    }
+
+    /// The threads of a process, of which the first, with these links, was visited before.
+    fn threads(&mut self, first: Gva, links: Links) -> Result<(), Lost> {
+        let members = self.fields.threads;
+        let head = links.signal.wrapping_add(members.head);
+        let mut place = Place::first(head);
+        let mut next = self.memory.read_pointer(head)?;
+        while let Some(at) = self.step(&mut place, next)?
+            && at.0 != 0
+        {
+            let task = at.wrapping_sub(members.node);
+            let of_task = if task == first {
+                links
+            } else {
+                self.visit(task)?
+            };
+            next = of_task.thread;
+        }
+        Ok(())
+    }
+
+    /// A task on the task list or a list of threads, and where these go on.
+    fn visit(&mut self, at: Gva) -> Result<Links, Lost> {
+        let words = self.words.read(self.memory, at)?;
+        if self.seen.insert(at) {
+            self.push(at, TaskKind::Listed, &words)?;
+        }
+        Ok(self.words.links(&words))
     }
 
     /// What runs or is runnable and was on no list so far: exiting tasks that were preempted. Of deadline
@@ -324,6 +353,12 @@ impl<'a> Walk<'a> {
 
     /// The next node, `None` where the list is back at its head.
     fn next(&mut self, place: &mut Place) -> Result<Option<Gva>, Lost> {
+        let next = self.memory.read_pointer(place.at)?;
+        self.step(place, next)
+    }
+
+    /// Moves on to the next node, `None` where that is the head.
+    fn step(&mut self, place: &mut Place, next: Gva) -> Result<Option<Gva>, Lost> {
         let endless = |at| unsupported(format!("a task list does not end; last node {at}"));
         let budget = self.budget.checked_sub(1);
         self.budget = budget.ok_or_else(|| Lost::Enough(endless(place.at)))?;
@@ -334,7 +369,6 @@ impl<'a> Walk<'a> {
                 allowed: self.deadline.allowed(),
             }));
         }
-        let next = self.memory.read_pointer(place.at)?;
         if next == place.head {
             return Ok(None);
         }
@@ -351,17 +385,23 @@ impl<'a> Walk<'a> {
 
     fn add(&mut self, at: Gva, kind: TaskKind) -> Result<(), Lost> {
         if self.seen.insert(at) {
-            if self.found.len() as u64 >= MOST_TASKS {
-                let why = format!(
-                    "there are more than {MOST_TASKS}, too many to look at in one stop: try again when there are fewer"
-                );
-                return Err(Lost::Enough(unsupported(why)));
-            }
-            self.found.push(match (self.known)(at) {
-                Some(task) => Task { kind, ..task },
-                None => read(self.memory, self.fields, at, kind)?,
-            });
+            let words = self.words.read(self.memory, at)?;
+            self.push(at, kind, &words)?;
         }
+        Ok(())
+    }
+
+    fn push(&mut self, at: Gva, kind: TaskKind, words: &Words) -> Result<(), Lost> {
+        if self.found.len() as u64 >= MOST_TASKS {
+            let why = format!(
+                "there are more than {MOST_TASKS}, too many to look at in one stop: try again when there are fewer"
+            );
+            return Err(Lost::Enough(unsupported(why)));
+        }
+        self.found.push(match (self.known)(at, words) {
+            Some(task) => Task { kind, ..task },
+            None => self.words.task(words, at, kind),
+        });
         Ok(())
     }
 }
@@ -380,36 +420,4 @@ fn is_on_own_stack(task: &Task) -> bool {
 
 const fn unsupported(why: String) -> AttachError {
     AttachError::Unsupported { what: "tasks", why }
-}
-
-/// One task.
-pub(crate) fn read(
-    memory: &KernelMemory<'_>,
-    fields: &TaskFields,
-    at: Gva,
-    kind: TaskKind,
-) -> Result<Task, ReadError> {
-    let word = |offset| memory.read_u32(at.wrapping_add(offset));
-    let stack = memory.read_pointer(at.wrapping_add(fields.stack))?;
-    let held = fields.stack_refcount.map_or(Ok(1), word)?;
-    let on_cpu = fields.on_cpu.as_ref().map_or(Ok(0), |at| word(*at))?;
-    Ok(Task {
-        at,
-        pid: word(fields.pid)?.cast_signed(),
-        tgid: word(fields.tgid)?.cast_signed(),
-        comm: comm(memory.read_array(at.wrapping_add(fields.comm))?),
-        kind,
-        state: word(fields.state)?,
-        on_cpu: on_cpu != 0,
-        cpu: word(fields.cpu)?,
-        kernel_thread: word(fields.flags)? & KERNEL_THREAD != 0,
-        stack: GvaRange::sized(stack, fields.stack_size).filter(|_| stack.0 != 0 && held != 0),
-        saved_sp: memory.read_pointer(at.wrapping_add(fields.saved_sp))?,
-    })
-}
-
-/// A name as the kernel keeps it, up to the first zero.
-fn comm(bytes: [u8; COMM]) -> String {
-    let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-    String::from_utf8_lossy(name).into_owned()
 }

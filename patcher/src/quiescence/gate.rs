@@ -44,13 +44,7 @@ pub fn examine_stacks(
     busy: &mut Busy,
 ) -> Result<(), AttachError> {
     for (done, stack) in stacks.iter().enumerate() {
-        if deadline.is_over() {
-            return Err(AttachError::Late {
-                what: "stacks",
-                done,
-                allowed: deadline.allowed(),
-            });
-        }
+        deadline.allow("stacks", done)?;
         if let Err(finding) = examine(stack, ranges, read) {
             busy.add(*finding);
         }

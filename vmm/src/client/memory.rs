@@ -74,17 +74,31 @@ impl Part {
     }
 }
 
+impl MappedMemory {
+    /// The mapping that has `at`, if any, and where in it.
+    fn part(&self, at: Gpa) -> Option<(&MmapRegion, usize)> {
+        let part = self.parts.iter().rfind(|part| part.range.start <= at)?;
+        let offset = usize::try_from(at.0 - part.range.start.0).ok()?;
+        Some((&part.region, offset))
+    }
+}
+
 impl PhysicalMemory for MappedMemory {
     fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
         let len = into.len();
-        let part = self.parts.iter().rfind(|part| part.range.start <= at);
-        let slice = part.and_then(|part| {
-            let offset = usize::try_from(at.0 - part.range.start.0).ok()?;
-            part.region.get_slice(offset, len).ok()
-        });
+        let part = self.part(at);
+        let slice = part.and_then(|(region, offset)| region.get_slice(offset, len).ok());
         let slice = slice.ok_or(MemoryError::NotBacked { at, len })?;
         slice.copy_to(into);
         Ok(())
+    }
+
+    /// As one load, without the choices that copying makes for any length.
+    fn read_u64(&self, at: Gpa) -> Result<u64, MemoryError> {
+        let part = self.part(at);
+        let word = part.and_then(|(region, offset)| region.get_ref::<u64>(offset).ok());
+        let word = word.ok_or(MemoryError::NotBacked { at, len: 8 })?;
+        Ok(u64::from_le(word.load()))
     }
 
     fn ram(&self) -> Vec<GpaRange> {

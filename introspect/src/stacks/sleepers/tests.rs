@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use super::*;
 use crate::address::{Gpa, GpaRange};
 use crate::flat::{BASE, DATA, Flat, SPACE};
+use crate::paging::KernelMemory;
 use crate::target::MemoryError;
 use crate::tasks::TaskKind;
 use crate::tasks::fields::Leaving;
@@ -32,7 +33,7 @@ const STACK_END: u64 = 0x8000;
 struct Guest {
     flat: RefCell<Flat>,
     fields: TaskFields,
-    /// Once the word at the first of these offsets of the task is read, that at the second is another.
+    /// Once the word around the first of these offsets of the task is read, that at the second is another.
     changes_after: Cell<Option<(u64, u64)>>,
 }
 
@@ -79,8 +80,12 @@ impl Guest {
         let unwinder = Unwinder::for_frame_pointers(self.flat.borrow().range());
         let at = Gva(BASE.0 + TASK);
         let listed = {
-            let flat = self.flat.borrow();
-            walk::read(&flat.memory(), &self.fields, at, TaskKind::Listed).unwrap()
+            let (flat, words) = (self.flat.borrow(), TaskWords::of(&self.fields));
+            words.task(
+                &words.read(&flat.memory(), at).unwrap(),
+                at,
+                TaskKind::Listed,
+            )
         };
         let memory = KernelMemory::new(self, SPACE);
         let mut reader = Reader::new(None, &unwinder, memory, &[], &[]);
@@ -89,8 +94,11 @@ impl Guest {
 
     /// What a stop finds in `sleepers`.
     fn take(&self, sleepers: &Sleepers) -> Option<(Task, Stack)> {
+        let at = Gva(BASE.0 + TASK);
         let memory = KernelMemory::new(self, SPACE);
-        sleepers.take(&memory, &self.fields, Gva(BASE.0 + TASK))
+        let words = TaskWords::of(&self.fields).read(&memory, at).unwrap();
+        let task = sleepers.take(at, &words)?;
+        Some((task, sleepers.take_stack(at)?))
     }
 }
 
@@ -99,7 +107,7 @@ impl PhysicalMemory for Guest {
         self.flat.borrow().read(at, into)?;
         let offset = at.0.checked_sub(DATA + TASK);
         if let Some((read, other)) = self.changes_after.get()
-            && offset == Some(read)
+            && offset == Some(read & !7)
         {
             self.changes_after.set(None);
             self.put(other, 1000);

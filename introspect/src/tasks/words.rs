@@ -1,0 +1,224 @@
+//! The words of a task that are looked at, read all together: a stop has so little time that finding each
+//! member's page anew would be most of it. Owns the order in which they are read, and how members come out of
+//! them.
+
+use crate::address::{Gva, GvaRange};
+use crate::paging::{KernelMemory, ReadError};
+
+use super::fields::TaskFields;
+use super::{Task, TaskKind};
+
+/// `PF_KTHREAD` (Linux v6.12 include/linux/sched.h).
+const KERNEL_THREAD: u64 = 0x0020_0000;
+
+/// At least as many as there are members below.
+const MOST: usize = 24;
+
+/// One task's words, as they were read. Those not in use are zero.
+pub(crate) type Words = [u64; MOST];
+
+/// Which words are read of a task.
+#[derive(Clone, Debug)]
+pub(crate) struct TaskWords {
+    /// From the start of the task, in the order in which they are read.
+    offsets: Vec<u64>,
+    /// Bits that stay the same from when a task went to sleep until it runs again.
+    asleep: Words,
+    /// There is enough among those bits to tell.
+    tells_sleep: bool,
+    stack_size: u64,
+    on_cpu: Option<Place>,
+    stack_refcount: Option<Place>,
+    stack: Place,
+    saved_sp: Place,
+    state: Place,
+    cpu: Place,
+    flags: Place,
+    pid: Place,
+    tgid: Place,
+    comm: [Place; 2],
+    tasks: Place,
+    signal: Place,
+    thread: Place,
+}
+
+/// A member's place among the words.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    index: usize,
+    shift: u32,
+    mask: u64,
+}
+
+/// Where the lists that a task is on go on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Links {
+    /// The next node of the task list.
+    pub(crate) tasks: Gva,
+    /// `signal_struct`, which has the head of the list of threads.
+    pub(crate) signal: Gva,
+    /// The next node of the list of threads.
+    pub(crate) thread: Gva,
+}
+
+impl TaskWords {
+    /// In this order: who the task is; how often it was switched away from; whether it is on a CPU; then the
+    /// rest. [`Sleepers`](crate::stacks::Sleepers) rests on it.
+    pub(crate) fn of(fields: &TaskFields) -> Self {
+        let mut offsets = Vec::with_capacity(MOST);
+        let mut word = |offset| place(&mut offsets, offset, 8);
+        let canary = fields.stack_canary.map(&mut word);
+        let identity = [fields.start_boottime, fields.exec_id].map(|member| member.map(&mut word));
+        let switches = fields
+            .switches
+            .map_or([None; 2], |pair| pair.map(|member| Some(word(member))));
+        let on_cpu = fields.on_cpu.as_ref().ok();
+        let on_cpu = on_cpu.map(|offset| place(&mut offsets, *offset, 4));
+        let needed = [identity[0], identity[1], switches[0], switches[1], on_cpu];
+        let stack_refcount = fields.stack_refcount;
+        let stack_refcount = stack_refcount.map(|offset| place(&mut offsets, offset, 4));
+        let mut word = |offset| place(&mut offsets, offset, 8);
+        let (stack, saved_sp) = (word(fields.stack), word(fields.saved_sp));
+        let comm = [fields.comm, fields.comm.wrapping_add(8)].map(&mut word);
+        let threads = fields.threads;
+        let [tasks, signal, thread] = [fields.tasks, threads.signal, threads.node].map(&mut word);
+        let mut small = |offset| place(&mut offsets, offset, 4);
+        let (state, cpu, flags) = (small(fields.state), small(fields.cpu), small(fields.flags));
+        let (pid, tgid) = (small(fields.pid), small(fields.tgid));
+        let mut asleep = [0; MOST];
+        let fixed = needed.into_iter().chain([canary]).flatten();
+        for place in fixed.chain([stack, saved_sp]) {
+            if let Some(bits) = asleep.get_mut(place.index) {
+                *bits |= place.mask << place.shift;
+            }
+        }
+        Self {
+            tells_sleep: needed.iter().all(Option::is_some),
+            offsets,
+            asleep,
+            stack_size: fields.stack_size,
+            on_cpu,
+            stack_refcount,
+            stack,
+            saved_sp,
+            state,
+            cpu,
+            flags,
+            pid,
+            tgid,
+            comm,
+            tasks,
+            signal,
+            thread,
+        }
+    }
+
+    /// Reads the words of the task at `at`, in their order.
+    ///
+    /// # Errors
+    /// One is not mapped.
+    pub(crate) fn read(&self, memory: &KernelMemory<'_>, at: Gva) -> Result<Words, ReadError> {
+        let mut words = [0; MOST];
+        memory.read_words(at, &self.offsets, &mut words)?;
+        Ok(words)
+    }
+
+    /// The task of these words.
+    pub(crate) fn task(&self, words: &Words, at: Gva, kind: TaskKind) -> Task {
+        let number = |place: Place| place.number(words);
+        let stack = Gva(self.stack.of(words));
+        let has_stack = stack.0 != 0 && self.holds_stack(words);
+        Task {
+            at,
+            pid: number(self.pid).cast_signed(),
+            tgid: number(self.tgid).cast_signed(),
+            comm: comm(self.comm.map(|half| half.of(words))),
+            kind,
+            state: self.state(words),
+            on_cpu: self.on_cpu.is_some_and(|place| place.of(words) != 0),
+            cpu: self.cpu(words),
+            kernel_thread: self.flags.of(words) & KERNEL_THREAD != 0,
+            stack: GvaRange::sized(stack, self.stack_size).filter(|_| has_stack),
+            saved_sp: Gva(self.saved_sp.of(words)),
+        }
+    }
+
+    /// `__state`.
+    pub(crate) fn state(&self, words: &Words) -> u32 {
+        self.state.number(words)
+    }
+
+    /// The CPU it is or was on.
+    pub(crate) fn cpu(&self, words: &Words) -> u32 {
+        self.cpu.number(words)
+    }
+
+    /// Where its lists go on.
+    pub(crate) fn links(&self, words: &Words) -> Links {
+        let [tasks, signal, thread] =
+            [self.tasks, self.signal, self.thread].map(|place| Gva(place.of(words)));
+        Links {
+            tasks,
+            signal,
+            thread,
+        }
+    }
+
+    /// Whether this kernel's words show that a task has not run.
+    pub(crate) const fn tells_sleep(&self) -> bool {
+        self.tells_sleep
+    }
+
+    /// Whether a task that slept, off its CPU, when it had the words `then`, has slept on and has its stack.
+    pub(crate) fn sleeps_on(&self, then: &Words, now: &Words) -> bool {
+        let mut differs = 0;
+        for ((then, now), bits) in then.iter().zip(now).zip(&self.asleep) {
+            differs |= (then ^ now) & bits;
+        }
+        differs == 0 && self.holds_stack(now)
+    }
+
+    fn holds_stack(&self, words: &Words) -> bool {
+        self.stack_refcount.is_none_or(|place| place.of(words) != 0)
+    }
+}
+
+/// The word that has a member of `size` bytes, at most 8: the aligned one around it, so that one word serves
+/// several; at its own address if it does not lie within one.
+fn place(offsets: &mut Vec<u64>, offset: u64, size: u32) -> Place {
+    let aligned = offset & !7;
+    let within = offset - aligned;
+    let (at, shift) = match within + u64::from(size) <= 8 {
+        true => (aligned, 8 * u32::try_from(within).unwrap_or(0)),
+        false => (offset, 0),
+    };
+    let known = offsets.iter().position(|known| *known == at);
+    let index = known.unwrap_or_else(|| {
+        offsets.push(at);
+        offsets.len() - 1
+    });
+    Place {
+        index,
+        shift,
+        mask: u64::MAX >> (64 - 8 * size),
+    }
+}
+
+impl Place {
+    fn of(self, words: &Words) -> u64 {
+        words.get(self.index).map_or(0, |word| word >> self.shift) & self.mask
+    }
+
+    /// Of a member of four bytes.
+    fn number(self, words: &Words) -> u32 {
+        u32::try_from(self.of(words)).unwrap_or(0)
+    }
+}
+
+/// A name as the kernel keeps it, up to the first zero.
+fn comm(halves: [u64; 2]) -> String {
+    let bytes = halves.map(u64::to_le_bytes);
+    let bytes = bytes.as_flattened();
+    let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(name).into_owned()
+}
