@@ -71,7 +71,9 @@ pub(crate) fn check(
     let change = Change::apply(&verified, live.vm())?;
     let mut tables = Tables::load(&live)?;
     let attempted = Schedule::until(timeout).run(watch, || {
-        tables.refresh(&live).map_err(NotQuiet::Unknown)?;
+        tables
+            .refresh(&live, change.busy())
+            .map_err(NotQuiet::Unknown)?;
         rehearse(
             &change,
             live.vm(),
@@ -151,8 +153,9 @@ fn attempt(
     timeout: Duration,
 ) -> Result<Attempted, Unapplied> {
     let placed = intent.place(live.vm())?;
+    let ranges = intent.change().busy();
     Schedule::until(timeout).run(intent.observer(), || {
-        tables.refresh(live).map_err(NotQuiet::Unknown)?;
+        tables.refresh(live, ranges).map_err(NotQuiet::Unknown)?;
         let stopped = placed.stop(StopRequest::for_change())?;
         let quiet = stopped.check_stacks(&tables.witness(live))?;
         let written = quiet.write()?;

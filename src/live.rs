@@ -8,7 +8,7 @@ use vmpatch_introspect::stacks::Sleepers;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{AttachError, Deadline, GpaRange, Kernel, Roots, Target, Vcpu};
-use vmpatch_patcher::quiescence::LiveKernel;
+use vmpatch_patcher::quiescence::{self, BusyRanges, LiveKernel};
 use vmpatch_vmm::client::{self, KvmTarget};
 
 use crate::exit::Failure;
@@ -58,28 +58,27 @@ pub(crate) fn patient_stop(vm: &dyn Target) -> Result<Box<dyn StoppedTarget + '_
     vm.stop(StopRequest::default())
 }
 
-/// Finds the kernel while the guest runs on, by way of the page tables that its vCPUs used at one moment.
-fn find_kernel(vm: &dyn Target) -> Result<Kernel, Failure> {
-    let (vcpus, roots) = at_one_moment(vm)?;
-    Ok(Kernel::attach(&roots.over(vm), &vcpus)?)
-}
-
 /// A VM with the kernel found in it.
 pub(crate) struct Live {
     vm: KvmTarget,
     folder: PathBuf,
+    /// Its vCPUs when it was found.
+    vcpus: Vec<Vcpu>,
     /// Its kernel.
     pub(crate) kernel: Kernel,
 }
 
 impl Live {
-    /// Connects, reads the registers and finds the kernel.
+    /// Connects, reads the registers, and finds the kernel while the guest runs on, by way of the page tables that
+    /// its vCPUs used at one moment.
     pub(crate) fn attach(id: &str) -> Result<Self, Failure> {
         let vm = connect(id)?;
-        let kernel = find_kernel(&vm)?;
+        let (vcpus, roots) = at_one_moment(&vm)?;
+        let kernel = Kernel::attach(&roots.over(&vm), &vcpus)?;
         Ok(Self {
             vm,
             folder: folder(id)?,
+            vcpus,
             kernel,
         })
     }
@@ -127,12 +126,12 @@ impl Tables {
         })
     }
 
-    /// Makes ready for a stop that follows at once. Stacks that cannot be read now, while the guest changes them, the stop itself
-    /// will read.
+    /// Makes ready for a stop that follows at once, in which nothing may stand in the ranges. Stacks that cannot be read now,
+    /// while the guest changes them, the stop itself will read.
     ///
     /// # Errors
     /// Unwind tables of a module that has come meanwhile cannot be read, and not only for a moment.
-    pub(crate) fn refresh(&mut self, live: &Live) -> Result<(), AttachError> {
+    pub(crate) fn refresh(&mut self, live: &Live, ranges: &BusyRanges) -> Result<(), AttachError> {
         let (kernel, vm) = (&live.kernel, live.vm());
         let as_in_a_stop = || Deadline::within(StopRequest::for_change().examination());
         if !matches!(
@@ -141,7 +140,12 @@ impl Tables {
         ) {
             self.unwinder = load(live)?;
         }
-        self.sleepers = Sleepers::read(kernel, &self.unwinder, vm, &as_in_a_stop());
+        let sleepers = |unwinder| Sleepers::read(kernel, unwinder, vm, &as_in_a_stop());
+        // Once for nothing: in a process that has just begun, what is done for the first time takes twice as long.
+        self.sleepers = sleepers(&self.unwinder);
+        let (witness, vcpus) = (self.witness(live), &live.vcpus);
+        let _ = quiescence::examine(&witness, vm, vcpus, ranges, &as_in_a_stop());
+        self.sleepers = sleepers(&self.unwinder);
         Ok(())
     }
 

@@ -36,9 +36,18 @@ pub struct Kernel {
     /// Types of vmlinux, by BTF, or as far as the kernel's code and data show them.
     pub types: Types,
     task_fields: Result<TaskFields, TypeError>,
+    task_heads: TaskHeads,
     module_fields: Result<ModuleFields, TypeError>,
     patching_signs: Signs,
     places: Places,
+}
+
+/// Where the lists of tasks begin, as far as known; looked up once, so that a stop does not look for names.
+#[derive(Debug, Clone, Copy)]
+struct TaskHeads {
+    init_task: Option<Gva>,
+    run_queues: Option<Gva>,
+    exit_lists: Option<Gva>,
 }
 
 /// Why no kernel was found, or not enough of it.
@@ -141,10 +150,16 @@ impl Kernel {
         let task_fields = TaskFields::of(&types);
         let module_fields = ModuleFields::of(&types);
         let patching_signs = Signs::of(lookup);
+        let task_heads = TaskHeads {
+            init_task: lookup.get("init_task"),
+            run_queues: lookup.get("runqueues"),
+            exit_lists: lookup.get("rcu_tasks__percpu"),
+        };
         Self {
             identity,
             layout,
             task_fields,
+            task_heads,
             module_fields,
             patching_signs,
             symbols,
@@ -214,10 +229,15 @@ impl Kernel {
                 what: "tasks",
                 why: why.to_string(),
             })?;
+        let TaskHeads {
+            init_task,
+            run_queues,
+            exit_lists,
+        } = self.task_heads;
         let heads = Heads {
-            init_task: self.place("init_task")?,
-            run_queues: self.place("runqueues").ok(),
-            exit_lists: self.place("rcu_tasks__percpu").ok(),
+            init_task: init_task.ok_or_else(|| unknown("init_task"))?,
+            run_queues,
+            exit_lists,
             per_cpu_offset: &self.layout.per_cpu_offset,
             ram: physical.ram().iter().map(GpaRange::size).sum(),
         };
@@ -230,7 +250,7 @@ impl Kernel {
     #[must_use]
     pub fn same_boot(&self, physical: &dyn PhysicalMemory) -> bool {
         let fields = self.task_fields.as_ref().ok();
-        let tasks = fields.zip(self.place("init_task").ok());
+        let tasks = fields.zip(self.task_heads.init_task);
         identity::boot(&self.memory(physical), &self.layout, tasks)
             .is_ok_and(|boot| boot == self.identity.boot)
     }
@@ -246,10 +266,7 @@ impl Kernel {
             types: &self.types,
             places: &self.places,
         };
-        lookup.get(name).ok_or_else(|| AttachError::Unsupported {
-            what: "symbols",
-            why: format!("the address of `{name}` is not known"),
-        })
+        lookup.get(name).ok_or_else(|| unknown(name))
     }
 
     /// Every loaded module.
@@ -316,4 +333,11 @@ fn read_symbols(
     anchors.extend(found.syscall.map(|at| ("entry_SYSCALL_64", at)));
     anchors.extend(regions.first().map(|text| ("_text", text.range.start)));
     kallsyms::read(memory, &ranges, &Evidence { anchors })
+}
+
+fn unknown(name: &str) -> AttachError {
+    AttachError::Unsupported {
+        what: "symbols",
+        why: format!("the address of `{name}` is not known"),
+    }
 }

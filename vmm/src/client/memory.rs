@@ -101,6 +101,24 @@ impl PhysicalMemory for MappedMemory {
         Ok(u64::from_le(word.load()))
     }
 
+    fn read_words(&self, at: Gpa, offsets: &[u64], into: &mut [u64]) -> Result<(), MemoryError> {
+        let error = MemoryError::NotBacked { at, len: 8 };
+        let Some((region, start)) = self.part(at) else {
+            return Err(error);
+        };
+        for (offset, into) in offsets.iter().zip(into) {
+            let offset = usize::try_from(*offset).ok();
+            let word = offset
+                .and_then(|offset| start.checked_add(offset))
+                .and_then(|at| region.get_ref::<u64>(at).ok());
+            let Some(word) = word else {
+                return Err(error);
+            };
+            *into = u64::from_le(word.load());
+        }
+        Ok(())
+    }
+
     fn ram(&self) -> Vec<GpaRange> {
         self.ram.clone()
     }

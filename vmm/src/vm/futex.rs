@@ -17,8 +17,6 @@ const WITHOUT_WAITV: Duration = Duration::from_millis(5);
 
 /// How long a word is looked at before sleeping: longer than a usual stop.
 const LOOKING: Duration = Duration::from_millis(1);
-/// A core that was away for so long is wanted by others; sleeping leaves it to them.
-const AWAY: Duration = Duration::from_micros(100);
 
 /// Who shares the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,14 +51,8 @@ pub(crate) fn wait(word: &AtomicU32, seen: u32, timeout: Option<Duration>, shari
 /// sleeps then.
 pub(crate) fn look(word: &AtomicU32, seen: u32) {
     let begin = Instant::now();
-    let mut last = begin;
-    while word.load(Ordering::SeqCst) == seen {
+    while word.load(Ordering::SeqCst) == seen && begin.elapsed() < LOOKING {
         thread::yield_now();
-        let now = Instant::now();
-        if now - begin >= LOOKING || now - last >= AWAY {
-            return;
-        }
-        last = now;
     }
 }
 
@@ -175,7 +167,7 @@ mod tests {
         look(&word, 0);
         let looked = begin.elapsed();
         look(&word, 1);
-        assert!(looked >= LOOKING.min(AWAY), "{looked:?}");
+        assert!(looked >= LOOKING, "{looked:?}");
     }
 
     #[test]
