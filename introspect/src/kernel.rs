@@ -207,7 +207,7 @@ impl Kernel {
         &self,
         memory: &KernelMemory<'_>,
         deadline: &Deadline,
-        known: Known<'_>,
+        known: &dyn Known,
     ) -> Result<Census, AttachError> {
         let (fields, heads) = self.task_lists(memory.physical)?;
         census::take(memory, fields, &heads, deadline, known)

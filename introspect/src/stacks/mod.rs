@@ -15,7 +15,6 @@ use crate::kernel::{AttachError, Kernel};
 use crate::paging::KernelMemory;
 use crate::target::PhysicalMemory;
 use crate::tasks::census::Census;
-use crate::tasks::words::Words;
 use crate::tasks::{Missing, Task};
 use crate::unwind::{Hidden, StackKind, StackPool, StackSpan, Trace, Unreliable, Unwinder};
 use crate::vcpu::Vcpu;
@@ -83,8 +82,7 @@ pub fn all_but(
     known: &Sleepers,
 ) -> Result<Vec<Stack>, AttachError> {
     let memory = kernel.memory(physical);
-    let asleep = |at, words: &Words| known.take(at, words);
-    let Census { tasks, missing } = kernel.every_task(&memory, deadline, &asleep)?;
+    let Census { tasks, missing } = kernel.every_task(&memory, deadline, known)?;
     let places = unwinder.places();
     let cpus: Vec<Cpu> = vcpus
         .iter()

@@ -32,6 +32,7 @@ use crate::kernel::Kernel;
 use crate::target::PhysicalMemory;
 use crate::tasks::Task;
 use crate::tasks::fields::TaskFields;
+use crate::tasks::walk::Known;
 use crate::tasks::words::{TaskWords, Words};
 use crate::unwind::Unwinder;
 
@@ -107,10 +108,21 @@ impl Sleepers {
         self.len() == 0
     }
 
-    /// The task that has these words in a stop, as it is then, if it is known and has not run since: others may have
-    /// woken it or moved it to another CPU. A task is given once; its stack is then kept for
-    /// [`take_stack`](Self::take_stack).
-    pub(super) fn take(&self, at: Gva, now: &Words) -> Option<Task> {
+    /// The stack, without its task, of a task that was taken.
+    pub(super) fn take_stack(&self, at: Gva) -> Option<Stack> {
+        let sleeper = self.known.borrow_mut().remove(&at)?;
+        sleeper.stack.task.is_none().then_some(sleeper.stack)
+    }
+}
+
+impl Known for Sleepers {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    /// If it has not run since; others may have woken it or moved it to another CPU. A task is given once; its stack
+    /// is then kept for [`take_stack`](Self::take_stack).
+    fn take(&self, at: Gva, now: &Words) -> Option<Task> {
         let words = self.words.as_ref()?;
         let mut known = self.known.borrow_mut();
         let Entry::Occupied(mut entry) = known.entry(at) else {
@@ -129,19 +141,14 @@ impl Sleepers {
             }
         }
     }
-
-    /// The stack, without its task, of a task that was taken.
-    pub(super) fn take_stack(&self, at: Gva) -> Option<Stack> {
-        let sleeper = self.known.borrow_mut().remove(&at)?;
-        sleeper.stack.task.is_none().then_some(sleeper.stack)
-    }
 }
 
 impl Sleeper {
     /// `None` for a task that runs, has no stack, or cannot be read.
     fn read(reader: &mut Reader<'_>, members: &TaskWords, listed: &Task) -> Option<Self> {
         let words = members.read(&reader.memory, listed.at).ok()?;
-        let task = members.task(&words, listed.at, listed.kind);
+        let task = members.task(&reader.memory, &words, listed.at, listed.kind);
+        let task = task.ok()?;
         if task.on_cpu || task.stack.is_none() {
             return None;
         }

@@ -115,7 +115,7 @@ pub(crate) fn take(
     fields: &TaskFields,
     heads: &Heads<'_>,
     deadline: &Deadline,
-    known: Known<'_>,
+    known: &dyn Known,
 ) -> Result<Census, AttachError> {
     let queues = queues(fields, heads)?;
     let mut census = walk::all(memory, fields, heads, deadline, known)?;

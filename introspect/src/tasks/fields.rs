@@ -17,7 +17,6 @@ pub(crate) struct TaskFields {
     pub(crate) tasks: u64,
     pub(crate) pid: u64,
     pub(crate) tgid: u64,
-    /// 16 bytes (Linux v6.12 include/linux/sched.h, TASK_COMM_LEN).
     pub(crate) comm: u64,
     pub(crate) state: u64,
     pub(crate) flags: u64,

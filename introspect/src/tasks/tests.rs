@@ -193,7 +193,7 @@ impl Guest {
                 &self.fields,
                 heads,
                 &self.deadline,
-                &walk::nobody,
+                &walk::Nobody,
             )?;
             Ok((census.tasks, census.missing))
         })

@@ -46,12 +46,26 @@ pub(crate) struct Heads<'a> {
     pub(crate) ram: u64,
 }
 
-/// Tasks that are known already, as they are now, by their words.
-pub(crate) type Known<'a> = &'a dyn Fn(Gva, &Words) -> Option<Task>;
+/// Tasks that are known already.
+pub(crate) trait Known {
+    /// How many they are about.
+    fn count(&self) -> usize;
+
+    /// The task that has these words, as it is now, if it is known.
+    fn take(&self, at: Gva, words: &Words) -> Option<Task>;
+}
 
 /// No task is known.
-pub(crate) const fn nobody(_: Gva, _: &Words) -> Option<Task> {
-    None
+pub(crate) struct Nobody;
+
+impl Known for Nobody {
+    fn count(&self) -> usize {
+        0
+    }
+
+    fn take(&self, _: Gva, _: &Words) -> Option<Task> {
+        None
+    }
 }
 
 /// A walk under way.
@@ -66,7 +80,7 @@ struct Walk<'a> {
     /// Nodes that may still be visited.
     budget: u64,
     deadline: &'a Deadline,
-    known: Known<'a>,
+    known: &'a dyn Known,
     /// Lists may change meanwhile.
     guest_runs: bool,
 }
@@ -80,10 +94,12 @@ pub(crate) fn all(
     fields: &TaskFields,
     heads: &Heads<'_>,
     deadline: &Deadline,
-    known: Known<'_>,
+    known: &dyn Known,
 ) -> Result<Census, AttachError> {
     let mut walk = Walk::new(memory, fields, heads, deadline);
     walk.known = known;
+    walk.found.reserve(known.count());
+    walk.seen.reserve(known.count());
     walk.everywhere(heads)?;
     Ok(Census {
         tasks: walk.found,
@@ -181,7 +197,7 @@ impl<'a> Walk<'a> {
             missing: None,
             budget: most * 4,
             deadline,
-            known: &nobody,
+            known: &Nobody,
             guest_runs: false,
         }
     }
@@ -398,9 +414,9 @@ impl<'a> Walk<'a> {
             );
             return Err(Lost::Enough(unsupported(why)));
         }
-        self.found.push(match (self.known)(at, words) {
+        self.found.push(match self.known.take(at, words) {
             Some(task) => Task { kind, ..task },
-            None => self.words.task(words, at, kind),
+            None => self.words.task(self.memory, words, at, kind)?,
         });
         Ok(())
     }

@@ -11,6 +11,9 @@ use super::{Task, TaskKind};
 /// `PF_KTHREAD` (Linux v6.12 include/linux/sched.h).
 const KERNEL_THREAD: u64 = 0x0020_0000;
 
+/// Length of `comm` (the same, `TASK_COMM_LEN`).
+const COMM: usize = 16;
+
 /// At least as many as there are members below.
 const MOST: usize = 24;
 
@@ -36,7 +39,7 @@ pub(crate) struct TaskWords {
     flags: Place,
     pid: Place,
     tgid: Place,
-    comm: [Place; 2],
+    comm: u64,
     tasks: Place,
     signal: Place,
     thread: Place,
@@ -79,7 +82,6 @@ impl TaskWords {
         let stack_refcount = stack_refcount.map(|offset| place(&mut offsets, offset, 4));
         let mut word = |offset| place(&mut offsets, offset, 8);
         let (stack, saved_sp) = (word(fields.stack), word(fields.saved_sp));
-        let comm = [fields.comm, fields.comm.wrapping_add(8)].map(&mut word);
         let threads = fields.threads;
         let [tasks, signal, thread] = [fields.tasks, threads.signal, threads.node].map(&mut word);
         let mut small = |offset| place(&mut offsets, offset, 4);
@@ -106,7 +108,7 @@ impl TaskWords {
             flags,
             pid,
             tgid,
-            comm,
+            comm: fields.comm,
             tasks,
             signal,
             thread,
@@ -123,16 +125,25 @@ impl TaskWords {
         Ok(words)
     }
 
-    /// The task of these words.
-    pub(crate) fn task(&self, words: &Words, at: Gva, kind: TaskKind) -> Task {
+    /// The task of these words; its name, for which a stop has no use, is read now.
+    ///
+    /// # Errors
+    /// The name is not mapped.
+    pub(crate) fn task(
+        &self,
+        memory: &KernelMemory<'_>,
+        words: &Words,
+        at: Gva,
+        kind: TaskKind,
+    ) -> Result<Task, ReadError> {
         let number = |place: Place| place.number(words);
         let stack = Gva(self.stack.of(words));
         let has_stack = stack.0 != 0 && self.holds_stack(words);
-        Task {
+        Ok(Task {
             at,
             pid: number(self.pid).cast_signed(),
             tgid: number(self.tgid).cast_signed(),
-            comm: comm(self.comm.map(|half| half.of(words))),
+            comm: comm(memory.read_array(at.wrapping_add(self.comm))?),
             kind,
             state: self.state(words),
             on_cpu: self.on_cpu.is_some_and(|place| place.of(words) != 0),
@@ -140,7 +151,7 @@ impl TaskWords {
             kernel_thread: self.flags.of(words) & KERNEL_THREAD != 0,
             stack: GvaRange::sized(stack, self.stack_size).filter(|_| has_stack),
             saved_sp: Gva(self.saved_sp.of(words)),
-        }
+        })
     }
 
     /// `__state`.
@@ -216,9 +227,7 @@ impl Place {
 }
 
 /// A name as the kernel keeps it, up to the first zero.
-fn comm(halves: [u64; 2]) -> String {
-    let bytes = halves.map(u64::to_le_bytes);
-    let bytes = bytes.as_flattened();
+fn comm(bytes: [u8; COMM]) -> String {
     let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name).into_owned()
 }

@@ -39,32 +39,29 @@ pub(super) struct Kicker(Mutex<Option<Armed>>);
 
 #[derive(Debug)]
 struct Armed {
-    immediate_exit: *const AtomicU8,
-    valid_regs: *const AtomicU64,
-    /// What KVM shall store on exit; 0 where it cannot.
-    wanted_regs: u64,
+    exit: ImmediateExit,
     thread: libc::pthread_t,
 }
 
-// SAFETY: the pointers are only used as atomics, and only between `arm` and `disarm`, while the mapping
-// they point into is kept by the vCPU thread.
-unsafe impl Send for Armed {}
+/// The words of a vCPU's `kvm_run` page that make the next `KVM_RUN` return at once, and store registers then.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ImmediateExit {
+    byte: *const AtomicU8,
+    mask: *const AtomicU64,
+    /// What KVM shall store on exit; 0 where it cannot.
+    wanted_regs: u64,
+}
+
+// SAFETY: the pointers are only used as atomics, by the vCPU thread while it has its vCPU, and by others between
+// `arm` and `disarm`, during which the vCPU thread keeps the mapping that they point into.
+unsafe impl Send for ImmediateExit {}
 
 impl Kicker {
-    /// Called by the vCPU thread itself, which keeps `vcpu` until it has called `disarm`.
-    /// `wanted_regs` is what KVM stores when a kick makes it leave the guest (KVM_SYNC_X86_*).
-    pub(super) fn arm(&self, vcpu: &mut VcpuFd, wanted_regs: u64) {
-        let run = vcpu.get_kvm_run();
-        let byte = &raw mut run.immediate_exit;
-        let mask = &raw mut run.kvm_valid_regs;
+    /// Called by the vCPU thread itself, which keeps the vCPU that `exit` is of until it has called `disarm`.
+    pub(super) fn arm(&self, exit: ImmediateExit) {
         // SAFETY: takes nothing and cannot fail.
         let thread = unsafe { libc::pthread_self() };
-        *self.lock() = Some(Armed {
-            immediate_exit: byte.cast_const().cast(),
-            valid_regs: mask.cast_const().cast(),
-            wanted_regs,
-            thread,
-        });
+        *self.lock() = Some(Armed { exit, thread });
     }
 
     /// After this returns nobody touches the vCPU or signals the thread.
@@ -76,17 +73,9 @@ impl Kicker {
     pub(super) fn kick(&self) {
         let armed = self.lock();
         if let Some(armed) = armed.as_ref() {
-            armed.ask(true);
+            armed.exit.ask(true);
             // SAFETY: the thread is alive: it takes this lock to disarm before it ends.
             unsafe { libc::pthread_kill(armed.thread, signal_number()) };
-        }
-    }
-
-    /// Asks for the next `KVM_RUN` to return at once, or no longer, without a signal: the vCPU thread's
-    /// own use.
-    pub(super) fn ask(&self, exit: bool) {
-        if let Some(armed) = self.lock().as_ref() {
-            armed.ask(exit);
         }
     }
 
@@ -95,8 +84,24 @@ impl Kicker {
     }
 }
 
-impl Armed {
-    fn ask(&self, exit: bool) {
+impl ImmediateExit {
+    /// Of this vCPU, which must outlive every use. `wanted_regs` is what KVM stores when a kick makes it leave the
+    /// guest (KVM_SYNC_X86_*).
+    pub(super) fn of(vcpu: &mut VcpuFd, wanted_regs: u64) -> Self {
+        let run = vcpu.get_kvm_run();
+        let byte = &raw mut run.immediate_exit;
+        let mask = &raw mut run.kvm_valid_regs;
+        Self {
+            byte: byte.cast_const().cast(),
+            mask: mask.cast_const().cast(),
+            wanted_regs,
+        }
+    }
+
+    /// Asks for the next `KVM_RUN` to return at once, or no longer. Without a lock, which a kicker holds while it
+    /// sends its signal: the vCPU thread would wait for that. Where both ask at once, KVM may store no registers,
+    /// which shows, or store them in vain.
+    pub(super) fn ask(&self, exit: bool) {
         // The mask first: whoever sees the byte is to find the mask.
         let mask = if exit { self.wanted_regs } else { 0 };
         self.mask().store(mask, Ordering::SeqCst);
@@ -106,12 +111,12 @@ impl Armed {
     fn mask(&self) -> &AtomicU64 {
         // SAFETY: as for the byte below; the kernel reads the mask on its way out of KVM_RUN and takes any
         // change of it (Linux arch/x86/kvm/x86.c, store_regs).
-        unsafe { &*self.valid_regs }
+        unsafe { &*self.mask }
     }
 
     fn byte(&self) -> &AtomicU8 {
         // SAFETY: it points to a byte of the mapped `kvm_run` page, which is kept until `disarm`, and
         // the kernel too treats the byte as one that any thread may change at any time.
-        unsafe { &*self.immediate_exit }
+        unsafe { &*self.byte }
     }
 }

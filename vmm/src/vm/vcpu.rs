@@ -23,6 +23,7 @@ use vmpatch_introspect::vcpu::{Activity, Vcpu};
 
 use super::exit::{self, Came};
 use super::gate::{Kind, Post, Wish};
+use super::kick::ImmediateExit;
 use super::outcome::{Crash, Fault, Outcome};
 use super::registers::{self, Core, MsrReader};
 use super::{Shared, assist};
@@ -44,20 +45,22 @@ pub(super) struct Runner {
     msrs: MsrReader,
     /// What KVM can store by itself on exit (KVM_SYNC_X86_*): all core registers, or 0.
     sync: u64,
+    exit: ImmediateExit,
 }
 
 impl Runner {
-    pub(super) fn new(index: u32, fd: VcpuFd, shared: Arc<Shared>, sync_bits: i32) -> Self {
+    pub(super) fn new(index: u32, mut fd: VcpuFd, shared: Arc<Shared>, sync_bits: i32) -> Self {
         let wanted = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
         let can = u32::try_from(sync_bits).is_ok_and(|bits| bits & wanted == wanted);
         let sync = if can { wanted.into() } else { 0 };
-        let msrs = MsrReader::new();
+        let exit = ImmediateExit::of(&mut fd, sync);
         Self {
             index,
             fd,
             shared,
-            msrs,
+            msrs: MsrReader::new(),
             sync,
+            exit,
         }
     }
 
@@ -70,7 +73,7 @@ impl Runner {
         else {
             return;
         };
-        post.kicker.arm(&mut self.fd, self.sync);
+        post.kicker.arm(self.exit);
         // Made after `self`, hence dropped before the vCPU's descriptor.
         let _leaving = Leaving {
             post,
@@ -87,7 +90,7 @@ impl Runner {
         let mut last = Turned::Served;
         loop {
             // Cleared before the wish is read: a kick after that sets it again.
-            post.kicker.ask(false);
+            self.exit.ask(false);
             let wish = self.shared.gate.wish();
             match wish.kind() {
                 Kind::Run => last = self.turn()?,
@@ -128,7 +131,7 @@ impl Runner {
         let core = match stored {
             // The kick itself ended the last entry, so no I/O is pending.
             Some(core) => Some(core),
-            None => self.drain(post, wish)?,
+            None => self.drain(wish)?,
         };
         let Some(core) = core else {
             return Ok(());
@@ -146,8 +149,8 @@ impl Runner {
 
     /// Completes pending I/O and reads the registers. `None` where the wish changed meanwhile, or the
     /// I/O went on and on: the vCPU does not stand then.
-    fn drain(&mut self, post: &Post, wish: Wish) -> Result<Option<Core>, Box<Outcome>> {
-        post.kicker.ask(true);
+    fn drain(&mut self, wish: Wish) -> Result<Option<Core>, Box<Outcome>> {
+        self.exit.ask(true);
         for _ in 0..DRAIN_ROUNDS {
             match self.turn()? {
                 Turned::Interrupted => return self.core().map(Some),

@@ -81,11 +81,9 @@ impl Guest {
         let at = Gva(BASE.0 + TASK);
         let listed = {
             let (flat, words) = (self.flat.borrow(), TaskWords::of(&self.fields));
-            words.task(
-                &words.read(&flat.memory(), at).unwrap(),
-                at,
-                TaskKind::Listed,
-            )
+            let memory = flat.memory();
+            let read = words.read(&memory, at).unwrap();
+            words.task(&memory, &read, at, TaskKind::Listed).unwrap()
         };
         let memory = KernelMemory::new(self, SPACE);
         let mut reader = Reader::new(None, &unwinder, memory, &[], &[]);
