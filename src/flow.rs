@@ -1,7 +1,7 @@
 //! The way of a patch, one step a line. Owns the order of the steps and nothing of what they do.
 //!
 //! ```text
-//! open ─▶ attach ─▶ link ─▶ verify ─▶ intent ─▶ place ─▶ stop ─▶ check stacks ─▶ write ─▶ resume ─▶ commit
+//! open ─▶ attach ─▶ link ─▶ verify ─▶ intent ─▶ place ─▶ stop ─▶ check stacks ─▶ switch ─▶ commit
 //! ```
 //!
 //! A check leaves the line before the intent and looks at the stacks alone; rollback joins it at the
@@ -158,7 +158,6 @@ fn attempt(
         tables.refresh(live, ranges).map_err(NotQuiet::Unknown)?;
         let stopped = placed.stop(StopRequest::for_change())?;
         let quiet = stopped.check_stacks(&tables.witness(live))?;
-        let written = quiet.write()?;
-        Ok::<_, Attempt>(written.resume()?)
+        Ok::<_, Attempt>(quiet.switch()?)
     })
 }

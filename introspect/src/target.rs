@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!             stop(deadline, lease)
-//!   Target ───────────────────────────▶ StoppedTarget ── resume() ──▶ StopReport
+//!   Target ───────────────────────────▶ StoppedTarget ── resume(), switch(batch) ──▶ StopReport
 //!     ▲   every vCPU out, or none           │   ▲
 //!     │                                     │   └── write(batch): all or nothing
 //!     └──────────── drop: undo, resume ─────┘
@@ -174,7 +174,7 @@ impl Edit {
 }
 
 /// Every vCPU of a target, out of guest mode. Dropping it undoes what it wrote and resumes the guest;
-/// only [`resume`](Self::resume) keeps what was written.
+/// only [`resume`](Self::resume) and [`switch`](Self::switch) keep what was written.
 pub trait StoppedTarget {
     /// The guest's memory, which no vCPU changes now (devices still may).
     fn memory(&self) -> &dyn PhysicalMemory;
@@ -193,6 +193,17 @@ pub trait StoppedTarget {
     /// # Errors
     /// [`ResumeError`] says whether the writes were kept.
     fn resume(self: Box<Self>) -> Result<StopReport, ResumeError>;
+
+    /// Writes the batch and, if that went well, resumes. A machine that takes both as one order saves the guest the
+    /// time between, and cannot be left with bytes written and nobody there to let it run.
+    ///
+    /// # Errors
+    /// [`SwitchError`], as [`write`](Self::write) or [`resume`](Self::resume) would fail. After the first the guest is
+    /// let go, but for [`WriteError::UndoFailed`].
+    fn switch(mut self: Box<Self>, batch: &[Edit]) -> Result<StopReport, SwitchError> {
+        self.write(batch)?;
+        Ok(self.resume()?)
+    }
 }
 
 /// What a stop cost, as the machine itself measured it.
@@ -291,6 +302,17 @@ pub enum ResumeError {
     /// The machine cannot be reached: it is not known whether the writes were kept.
     #[error("the VM does not answer: {0}; run `vmpatch status` to see what holds")]
     Unreachable(String),
+}
+
+/// Why a batch was not written, or the guest not resumed with it as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SwitchError {
+    /// It was not written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// It was, or may have been.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
 }
 
 /// Why there is no arena, or it was not written.

@@ -31,12 +31,11 @@ fn killed_at(at: Boundary, change: impl FnOnce(&KillAt)) {
     );
 }
 
-const OF_APPLY: [Boundary; 7] = [
+const OF_APPLY: [Boundary; 6] = [
     Boundary::Begun,
     Boundary::Placed,
     Boundary::Stopped,
     Boundary::Checked,
-    Boundary::Written,
     Boundary::Resumed,
     Boundary::Committed,
 ];

@@ -93,8 +93,7 @@ impl Vm {
         let attempted = Schedule::until(Duration::ZERO).run(&Unobserved, || {
             let stopped = placed.stop(StopRequest::default())?;
             let quiet = stopped.check_stacks(&witness)?;
-            let written = quiet.write()?;
-            Ok::<_, Attempt>(written.resume()?)
+            Ok::<_, Attempt>(quiet.switch()?)
         });
         intent.conclude(&self.machine, attempted)
     }

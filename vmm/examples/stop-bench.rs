@@ -99,11 +99,11 @@ fn stop_once(
     // Lets the guest run for a moment: a vCPU that has just been let go is not yet in the guest.
     std::thread::sleep(Duration::from_micros(200));
     let begin = Instant::now();
-    let mut stopped = target.stop(StopRequest::for_change())?;
-    if let Some(edit) = edit {
-        stopped.write(&[edit])?;
-    }
-    let report = stopped.resume()?;
+    let stopped = target.stop(StopRequest::for_change())?;
+    let report = match edit {
+        Some(edit) => stopped.switch(&[edit])?,
+        None => stopped.resume()?,
+    };
     Ok((report, begin.elapsed()))
 }
 

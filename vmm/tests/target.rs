@@ -7,7 +7,7 @@ use std::time::Duration;
 use support::{CODE, Served, eventually, guest, kvm, recorder};
 use vmpatch_introspect::address::Gpa;
 use vmpatch_introspect::target::{
-    Edit, PhysicalMemory, ResumeError, StopError, StopRequest, Target, WriteError,
+    Edit, PhysicalMemory, ResumeError, StopError, StopRequest, SwitchError, Target, WriteError,
 };
 use vmpatch_introspect::vcpu::Activity;
 use vmpatch_vmm::client;
@@ -129,6 +129,52 @@ fn a_lease_that_runs_out_undoes_and_resumes() {
     assert!(matches!(error, WriteError::LeaseExpired), "{error}");
     let error = stopped.resume().unwrap_err();
     assert!(matches!(error, ResumeError::LeaseExpired), "{error}");
+    assert!(holds(&target, DATA, &[0; 2]));
+    target.stop(request(5000)).unwrap().resume().unwrap();
+}
+
+#[test]
+fn a_switch_writes_and_resumes_as_one() {
+    let Some(kvm) = kvm() else { return };
+    let served = Served::new(guest(&kvm, &LOOP, 1, recorder()));
+    let target = served.target();
+    let stopped = target.stop(request(5000)).unwrap();
+    let report = stopped.switch(&[edit(DATA, &[0; 5], b"after")]).unwrap();
+    assert!(report.window >= report.kick + report.registers + report.write + report.resume);
+    assert_eq!(served.machine.state(), State::Running);
+    assert!(holds(&target, DATA, b"after"));
+    target.stop(request(5000)).unwrap().resume().unwrap();
+}
+
+#[test]
+fn a_switch_that_cannot_write_lets_the_guest_run_as_before() {
+    let Some(kvm) = kvm() else { return };
+    let served = Served::new(guest(&kvm, &LOOP, 1, recorder()));
+    let target = served.target();
+    let batch = [
+        edit(DATA, &[0; 2], b"no"),
+        edit(Gpa(CODE), b"abcd", b"efgh"),
+    ];
+    let error = target.stop(request(5000)).unwrap().switch(&batch);
+    assert!(
+        matches!(
+            error,
+            Err(SwitchError::Write(WriteError::Differs {
+                at: Gpa(CODE),
+                ..
+            }))
+        ),
+        "{error:?}"
+    );
+    assert_eq!(served.machine.state(), State::Running);
+    assert!(holds(&target, DATA, &[0; 2]));
+    let late = target.stop(request(50)).unwrap();
+    eventually(|| served.machine.state() == State::Running);
+    let error = late.switch(&[edit(DATA, &[0; 2], b"no")]);
+    assert!(
+        matches!(error, Err(SwitchError::Write(WriteError::LeaseExpired))),
+        "{error:?}"
+    );
     assert!(holds(&target, DATA, &[0; 2]));
     target.stop(request(5000)).unwrap().resume().unwrap();
 }

@@ -2,7 +2,7 @@
 //! into exit codes; each phase owns its own error.
 
 use vmpatch_introspect::AttachError;
-use vmpatch_introspect::target::{ArenaError, ResumeError, StopError, WriteError};
+use vmpatch_introspect::target::{ArenaError, ResumeError, StopError, SwitchError, WriteError};
 
 use super::change::ChangeError;
 use super::place::PlaceError;
@@ -112,6 +112,15 @@ pub enum Attempt {
     /// The guest was not resumed as asked.
     #[error(transparent)]
     Resume(#[from] ResumeError),
+}
+
+impl From<SwitchError> for Attempt {
+    fn from(why: SwitchError) -> Self {
+        match why {
+            SwitchError::Write(why) => Self::Write(why),
+            SwitchError::Resume(why) => Self::Resume(why),
+        }
+    }
 }
 
 impl Attempt {

@@ -6,9 +6,7 @@
 //!                                 │                    ▲                  │ check_stacks
 //!                                 │                    │ Err: guest runs  ▼
 //!                                 │                    ├──────────────  Quiet
-//!                                 │                    │                  │ write
-//!                                 │                    ├─ Err: undone ─ Written
-//!                                 ▼                    │                  │ resume
+//!                                 ▼                    │ Err: undone      │ switch: write, resume
 //!                        commit / abandon ◀────────────┴──────────────  Applied
 //! ```
 //!
@@ -37,8 +35,7 @@
 //! let attempted = Schedule::default().run(&Unobserved, || {
 //!     let stopped = placed.stop(StopRequest::default())?;
 //!     let quiet = stopped.check_stacks(&guest)?;
-//!     let written = quiet.write()?;
-//!     Ok::<_, Attempt>(written.resume()?)
+//!     Ok::<_, Attempt>(quiet.switch()?)
 //! });
 //! intent.conclude(&vm, attempted)?;
 //!
@@ -58,17 +55,17 @@
 //! ```compile_fail
 //! use vmpatch_patcher::apply::Stopped;
 //! fn hasty(stopped: Stopped<'_>) {
-//!     let _ = stopped.write();
+//!     let _ = stopped.switch();
 //! }
 //! ```
 //!
-//! Nor can what was resumed be written again:
+//! Nor can it be written again once it runs on:
 //!
 //! ```compile_fail
 //! use vmpatch_patcher::apply::Quiet;
 //! fn greedy(quiet: Quiet<'_>) {
-//!     let _ = quiet.write();
-//!     let _ = quiet.write();
+//!     let _ = quiet.switch();
+//!     let _ = quiet.switch();
 //! }
 //! ```
 
@@ -79,7 +76,7 @@ pub mod place;
 pub mod rehearse;
 pub mod retry;
 
-use vmpatch_introspect::target::{ResumeError, StopReport, WriteError};
+use vmpatch_introspect::target::{StopReport, SwitchError};
 use vmpatch_introspect::{Deadline, StoppedTarget};
 
 pub use change::{Change, ChangeError};
@@ -106,14 +103,6 @@ pub struct Stopped<'a> {
 pub struct Quiet<'a> {
     target: Box<dyn StoppedTarget + 'a>,
     change: &'a Change,
-    observer: &'a dyn Observer,
-    examined: Examined,
-}
-
-/// A stopped guest with the batch written and read back.
-#[must_use = "the guest stands still; dropped, it runs on without the change"]
-pub struct Written<'a> {
-    target: Box<dyn StoppedTarget + 'a>,
     observer: &'a dyn Observer,
     examined: Examined,
 }
@@ -160,40 +149,21 @@ impl<'a> Stopped<'a> {
     }
 }
 
-impl<'a> Quiet<'a> {
-    /// Compares, writes and reads back the batch; all or nothing.
+impl Quiet<'_> {
+    /// Compares, writes and reads back the batch, all or nothing, and lets the guest run with it.
     ///
     /// # Errors
-    /// [`WriteError`]; the guest runs on unchanged, but for [`WriteError::UndoFailed`].
-    pub fn write(self) -> Result<Written<'a>, WriteError> {
+    /// [`SwitchError`]: of a write that failed, the guest runs on unchanged, but for
+    /// [`UndoFailed`](vmpatch_introspect::target::WriteError::UndoFailed); of a resume that did, it says whether the
+    /// writes were kept.
+    pub fn switch(self) -> Result<Applied, SwitchError> {
         let Self {
-            mut target,
+            target,
             change,
             observer,
             examined,
         } = self;
-        target.write(change.edits())?;
-        observer.boundary(Boundary::Written);
-        Ok(Written {
-            target,
-            observer,
-            examined,
-        })
-    }
-}
-
-impl Written<'_> {
-    /// Lets the guest run with the change.
-    ///
-    /// # Errors
-    /// [`ResumeError`] says whether the writes were kept.
-    pub fn resume(self) -> Result<Applied, ResumeError> {
-        let Self {
-            target,
-            observer,
-            examined,
-        } = self;
-        let report = target.resume()?;
+        let report = target.switch(change.edits())?;
         observer.boundary(Boundary::Resumed);
         Ok(Applied { report, examined })
     }

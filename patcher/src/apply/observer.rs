@@ -29,9 +29,7 @@ pub enum Boundary {
     Stopped,
     /// Nothing stands in the way.
     Checked,
-    /// The batch is written and read back.
-    Written,
-    /// The guest runs with it.
+    /// The batch is written and read back, and the guest runs with it.
     Resumed,
     /// The journal says so.
     Committed,
@@ -39,7 +37,7 @@ pub enum Boundary {
 
 impl Boundary {
     /// All, in order.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 10] = [
         Self::Parsed,
         Self::Attached,
         Self::Linked,
@@ -48,7 +46,6 @@ impl Boundary {
         Self::Placed,
         Self::Stopped,
         Self::Checked,
-        Self::Written,
         Self::Resumed,
         Self::Committed,
     ];
@@ -65,7 +62,6 @@ impl Boundary {
             Self::Placed => "placed",
             Self::Stopped => "stopped",
             Self::Checked => "checked",
-            Self::Written => "written",
             Self::Resumed => "resumed",
             Self::Committed => "committed",
         }

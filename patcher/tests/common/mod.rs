@@ -77,8 +77,7 @@ impl Bench {
                 self.schedule.run(observer, || {
                     let stopped = placed.stop(StopRequest::default())?;
                     let quiet = stopped.check_stacks(&self.guest)?;
-                    let written = quiet.write()?;
-                    Ok(written.resume()?)
+                    Ok(quiet.switch()?)
                 })
             });
         intent.conclude(&self.machine, attempted)

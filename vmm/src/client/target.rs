@@ -12,7 +12,7 @@ use serde_json::Value;
 use vmpatch_introspect::address::{Gpa, GpaRange};
 use vmpatch_introspect::target::{
     ArenaError, Edit, MemoryError, PhysicalMemory, ResumeError, StopError, StopReport, StopRequest,
-    StoppedTarget, Target, WriteError,
+    StoppedTarget, SwitchError, Target, WriteError,
 };
 use vmpatch_introspect::vcpu::Vcpu;
 
@@ -148,11 +148,7 @@ impl Session {
     }
 
     fn write(&mut self, batch: &[Edit]) -> Result<(), WriteError> {
-        if self.hot.page().set_batch(batch).is_none() {
-            let at = batch.first().map_or(Gpa(0), |edit| edit.at);
-            let what = "the batch is too large for the shared page".into();
-            return Err(WriteError::Malformed { at, what });
-        }
+        self.put(batch)?;
         let answer = self
             .command(Operation::Write, MARGIN)
             .map_err(WriteError::Unreachable)?;
@@ -160,6 +156,27 @@ impl Session {
             Status::Done => Ok(()),
             _ => Err(write_error(batch, &answer)),
         }
+    }
+
+    /// Puts the batch into the shared page.
+    fn put(&self, batch: &[Edit]) -> Result<(), WriteError> {
+        let too_large = || WriteError::Malformed {
+            at: batch.first().map_or(Gpa(0), |edit| edit.at),
+            what: "the batch is too large for the shared page".into(),
+        };
+        self.hot.page().set_batch(batch).ok_or_else(too_large)
+    }
+
+    fn switch(&mut self, batch: &[Edit]) -> Result<StopReport, SwitchError> {
+        self.put(batch)?;
+        let answer = self
+            .command(Operation::Switch, MARGIN)
+            .map_err(ResumeError::Unreachable)?;
+        if answer.status != Status::Done {
+            return Err(write_error(batch, &answer).into());
+        }
+        self.stopped = false;
+        Ok(self.hot.page().report())
     }
 
     fn resume(&mut self) -> Result<StopReport, ResumeError> {
@@ -293,6 +310,10 @@ impl StoppedTarget for KvmStopped<'_> {
 
     fn resume(self: Box<Self>) -> Result<StopReport, ResumeError> {
         self.target.session().resume()
+    }
+
+    fn switch(self: Box<Self>, batch: &[Edit]) -> Result<StopReport, SwitchError> {
+        self.target.session().switch(batch)
     }
 }
 

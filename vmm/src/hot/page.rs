@@ -59,6 +59,8 @@ pub(crate) enum Operation {
     Resume = 3,
     /// Undo what was written and resume.
     Abandon = 4,
+    /// Write the batch in the area and, if it was written, resume and keep it.
+    Switch = 5,
 }
 
 impl Operation {
@@ -69,6 +71,7 @@ impl Operation {
             2 => Some(Self::Write),
             3 => Some(Self::Resume),
             4 => Some(Self::Abandon),
+            5 => Some(Self::Switch),
             _ => None,
         }
     }

@@ -166,17 +166,17 @@ impl Session {
             return Answer::because(Status::Ended, 0, &outcome.to_string());
         }
         match operation {
-            Operation::Stop | Operation::Write => {
+            Operation::Stop | Operation::Write | Operation::Switch => {
                 let answer = write(&mut held.stopped, &self.page);
+                if answer.status == Status::Done && operation == Operation::Switch {
+                    return self.resume(held.stopped);
+                }
                 if answer.status != Status::UndoFailed {
                     self.held = Some(held);
                 }
                 answer
             }
-            Operation::Resume => {
-                self.page.set_report(&held.stopped.resume());
-                Answer::plain(Status::Done)
-            }
+            Operation::Resume => self.resume(held.stopped),
             Operation::Abandon => match held.stopped.abandon() {
                 Ok(report) => {
                     self.page.set_report(&report);
@@ -185,6 +185,11 @@ impl Session {
                 Err(error) => refusal(&error, &[]),
             },
         }
+    }
+
+    fn resume(&self, stopped: Stopped) -> Answer {
+        self.page.set_report(&stopped.resume());
+        Answer::plain(Status::Done)
     }
 }
 
@@ -248,9 +253,14 @@ mod tests {
         let Some(machine) = spinning() else { return };
         let server = HotServer::start(machine).unwrap();
         let page = server.page();
-        for (number, operation) in [Operation::Write, Operation::Resume, Operation::Abandon]
-            .into_iter()
-            .enumerate()
+        for (number, operation) in [
+            Operation::Write,
+            Operation::Resume,
+            Operation::Abandon,
+            Operation::Switch,
+        ]
+        .into_iter()
+        .enumerate()
         {
             let answer = command(page, operation.numbered(number as u32 + 1));
             assert_eq!(answer.status, Status::Refused, "{operation:?}");
@@ -305,7 +315,7 @@ mod tests {
                 words[(random() % reach) as usize].store(value, Ordering::SeqCst);
             }
             page.set_arguments([random() % 3_000_000, random() % 2_000_000, 0]);
-            let operation = (random() % 6) as u32;
+            let operation = (random() % 7) as u32;
             command(page, number << 8 | operation);
         }
         command(page, Operation::Abandon.numbered(0xff_fff0));

@@ -146,8 +146,7 @@ fn collect(answer: &Answer, phases: &mut BTreeMap<String, Vec<f64>>) {
     let seen = [
         ("stopped", "tool_stop"),
         ("checked", "stacks"),
-        ("written", "tool_write"),
-        ("resumed", "tool_resume"),
+        ("resumed", "tool_switch"),
     ];
     let seen = seen
         .iter()
