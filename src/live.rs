@@ -33,17 +33,20 @@ fn folder(id: &str) -> Result<PathBuf, Failure> {
 
 /// Registers of every vCPU, by a stop as short as can be.
 pub(crate) fn registers(vm: &dyn Target) -> Result<Vec<Vcpu>, Failure> {
-    Ok(at_one_moment(vm)?.0)
+    at_one_moment(vm, |stopped| stopped.vcpus().to_vec())
 }
 
-fn at_one_moment(vm: &dyn Target) -> Result<(Vec<Vcpu>, Roots), Failure> {
+/// What is seen in a stop in which nothing else is done.
+fn at_one_moment<T>(
+    vm: &dyn Target,
+    see: impl FnOnce(&dyn StoppedTarget) -> T,
+) -> Result<T, Failure> {
     let stopped = patient_stop(vm)?;
-    let vcpus = stopped.vcpus().to_vec();
-    let roots = Roots::copy(stopped.memory(), &vcpus);
+    let seen = see(&*stopped);
     stopped
         .resume()
         .map_err(|error| Failure::Unreachable(error.to_string()))?;
-    Ok((vcpus, roots))
+    Ok(seen)
 }
 
 /// A stop that nothing is written in. One vCPU that is late, as on a host with more to do than it has cores, is no reason to give
@@ -73,7 +76,11 @@ impl Live {
     /// its vCPUs used at one moment.
     pub(crate) fn attach(id: &str) -> Result<Self, Failure> {
         let vm = connect(id)?;
-        let (vcpus, roots) = at_one_moment(&vm)?;
+        let (vcpus, roots) = at_one_moment(&vm, |stopped| {
+            let vcpus = stopped.vcpus().to_vec();
+            let roots = Roots::copy(stopped.memory(), &vcpus);
+            (vcpus, roots)
+        })?;
         let kernel = Kernel::attach(&roots.over(&vm), &vcpus)?;
         Ok(Self {
             vm,

@@ -7,7 +7,7 @@ use vmpatch_introspect::unwind::orc::Format;
 use vmpatch_introspect::unwind::{
     Frame, FrameKind, Hidden, MAX_FRAMES, StackKind, StackPool, StackSource, StackSpan, Unwinder,
 };
-use vmpatch_introspect::vcpu::{Activity, Vcpu};
+use vmpatch_introspect::vcpu::{Vcpu, vcpu_in_kernel};
 use vmpatch_introspect::{Gva, GvaRange};
 
 const TEXT: u64 = 0xffff_ffff_8100_0000;
@@ -89,30 +89,7 @@ fn unwinder(bytes: &mut Bytes<'_>) -> Option<Unwinder> {
 
 fn vcpu(bytes: &mut Bytes<'_>) -> Vcpu {
     let general = std::array::from_fn(|_| likely(bytes));
-    Vcpu {
-        index: 0,
-        activity: Activity::Running,
-        general,
-        rip: Gva(likely(bytes)),
-        rflags: 2,
-        cs: 0x10,
-        ss: 0x18,
-        cpl: 0,
-        fs_base: Gva(0),
-        gs_base: Gva(0),
-        kernel_gs_base: None,
-        cr0: 0,
-        cr2: 0,
-        cr3: 0,
-        cr4: 0,
-        efer: 0,
-        idt_base: Gva(0),
-        gdt_base: Gva(0),
-        tss_base: Gva(0),
-        lstar: None,
-        smm: false,
-        nested_guest: false,
-    }
+    vcpu_in_kernel(Gva(likely(bytes)), general)
 }
 
 fuzz_target!(|input: &[u8]| {

@@ -96,11 +96,19 @@ impl Vcpu {
 pub(crate) fn test_vcpu(rip: u64, rsp: u64, rbp: u64) -> Vcpu {
     let mut general = [0; 16];
     (general[4], general[5]) = (rsp, rbp);
+    vcpu_in_kernel(Gva(rip), general)
+}
+
+/// A vCPU in the kernel with these registers and no others, for tests and fuzz targets.
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+#[must_use]
+pub fn vcpu_in_kernel(rip: Gva, general: [u64; 16]) -> Vcpu {
     Vcpu {
         index: 0,
         activity: Activity::Running,
         general,
-        rip: Gva(rip),
+        rip,
         rflags: 2,
         cs: 0x10,
         ss: 0x18,

@@ -1,5 +1,5 @@
-//! The QEMU that emulates machines (the test host, of one CPU, and guests to be dumped, of two): this machine's own where it is new enough, else a newer one that is unpacked
-//! into the cache and not installed. Does not know what is booted in it.
+//! The QEMU that emulates machines (the test host, of one CPU, and guests to be dumped, of two): this machine's own where it is
+//! new enough, else a newer one that is unpacked into the cache and not installed. Does not know what is booted in it.
 //!
 //! Kernels rewrite their own code while other CPUs run it. Before 8.1 QEMU read the bytes to be translated before it watched them
 //! for writes, so that a CPU could go on for ever with code that another had replaced in between; a kernel then dies of a
@@ -7,13 +7,13 @@
 //! Always lock pages before translation", in v8.1).
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
 use crate::manifest::{Emulator as Wanted, Manifest};
 use crate::publish::Staging;
-use crate::{apt, checksum, paths, progress, run};
+use crate::{apt, checksum, packages, paths, progress, run};
 
 /// The program's name, and its place within an unpacked package.
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -25,18 +25,6 @@ const FIRMWARE: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
 pub(crate) struct Emulator {
     program: PathBuf,
     firmware: Vec<PathBuf>,
-}
-
-/// A child that ends with this value.
-#[derive(Debug)]
-pub(crate) struct Reaped(pub(crate) Child);
-
-impl Drop for Reaped {
-    fn drop(&mut self) {
-        // Gone already in the ordinary case.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 impl Emulator {
@@ -123,12 +111,7 @@ fn unpacked(wanted: &Wanted) -> Result<PathBuf> {
         let fetched = Staging::beside(&staging.dir().join("package"))?;
         let deb = archive.download(&package.name, &wanted.version_of(package), fetched.dir())?;
         checksum::demand(&deb, &package.sha256)?;
-        run::quiet(
-            Command::new("dpkg-deb")
-                .arg("-x")
-                .arg(&deb)
-                .arg(staging.dir()),
-        )?;
+        packages::unpack(&deb, staging.dir())?;
     }
     staging.publish()?;
     step.done();

@@ -90,15 +90,16 @@ pub(crate) fn unpacked(guest: &Guest, package: &Package) -> Result<PathBuf> {
     let deb = fetch(guest, package)?;
     let step = progress::step(format!("unpacking {}", guest.package_name(package)));
     let staging = Staging::beside(&target)?;
-    run::quiet(
-        Command::new("dpkg-deb")
-            .arg("-x")
-            .arg(&deb)
-            .arg(staging.dir()),
-    )?;
+    unpack(&deb, staging.dir())?;
     staging.publish()?;
     step.done();
     Ok(target)
+}
+
+/// Puts the files of a package under `root`, where others may be already.
+pub(crate) fn unpack(deb: &Path, root: &Path) -> Result<()> {
+    run::quiet(Command::new("dpkg-deb").arg("-x").arg(deb).arg(root))?;
+    Ok(())
 }
 
 /// A module of the guest's own package, uncompressed: busybox loads plain ones only.

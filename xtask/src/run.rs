@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -47,6 +47,18 @@ pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result
         }
     }
     Ok(child.wait()?.success())
+}
+
+/// A child that ends with this value.
+#[derive(Debug)]
+pub(crate) struct Reaped(pub(crate) Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        // Gone already in the ordinary case.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Whether a program of this name is on the path.

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::emulator::{Emulator, Reaped};
+use crate::emulator::Emulator;
 use crate::manifest::Manifest;
 use crate::publish::Staging;
+use crate::run::Reaped;
 use crate::{checksum, images, packages, paths, progress};
 
 /// A dump to make.

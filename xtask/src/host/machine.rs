@@ -10,9 +10,10 @@ use anyhow::{Context, Result, bail};
 
 use super::ramdisk::{self, Boot};
 use super::{Job, Waited, clear, wait_while, write_script};
-use crate::emulator::{Emulator, Reaped};
+use crate::emulator::Emulator;
 use crate::manifest::Manifest;
 use crate::progress;
+use crate::run::Reaped;
 
 /// RAM of the test host. Guests of up to 1 GiB, several at once, fit beside the caches.
 const MEMORY: &str = "4G";
