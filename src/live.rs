@@ -140,7 +140,6 @@ impl Tables {
     /// Unwind tables of a module that has come meanwhile cannot be read, and not only for a moment.
     pub(crate) fn refresh(&mut self, live: &Live, ranges: &BusyRanges) -> Result<(), AttachError> {
         let (kernel, vm) = (&live.kernel, live.vm());
-        let as_in_a_stop = || Deadline::within(StopRequest::for_change().examination());
         if !matches!(
             self.unwinder.is_current(kernel, vm, &as_in_a_stop()),
             Ok(true)
@@ -166,10 +165,15 @@ impl Tables {
     }
 }
 
+/// As much time as a stop would have.
+fn as_in_a_stop() -> Deadline {
+    Deadline::within(StopRequest::for_change().examination())
+}
+
 /// The guest may be changing its list of modules just now: then once more, a few times.
 fn load(live: &Live) -> Result<Unwinder, AttachError> {
     let once = || {
-        let modules = live.kernel.modules(live.vm())?;
+        let modules = live.kernel.module_places(live.vm(), &as_in_a_stop())?;
         Unwinder::load(&live.kernel, live.vm(), &modules)
     };
     for _ in 1..LOAD_TRIES {

@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = std::env::args().nth(1).ok_or("usage: stacks DUMP_FOLDER")?;
     let dump = Dump::open(Path::new(&folder))?;
     let kernel = Kernel::attach(&dump, dump.vcpus())?;
-    let modules = kernel.modules(&dump)?;
+    let modules = kernel.module_places(&dump, &Deadline::none())?;
     let begin = Instant::now();
     let unwinder = Unwinder::load(&kernel, &dump, &modules)?;
     let load = begin.elapsed();

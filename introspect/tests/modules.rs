@@ -105,7 +105,8 @@ fn unwind_tables_know_when_a_module_has_gone_or_another_is_in_its_place() {
     some_guest(|guest| {
         let kernel = &guest.kernel;
         let modules = kernel.modules(&guest.dump).unwrap();
-        let unwinder = Unwinder::load(kernel, &guest.dump, &modules).unwrap();
+        let places: Vec<_> = modules.iter().map(Module::place).collect();
+        let unwinder = Unwinder::load(kernel, &guest.dump, &places).unwrap();
         let is_current = |memory: &dyn PhysicalMemory| {
             let current = unwinder.is_current(kernel, memory, &no_end);
             current.unwrap()

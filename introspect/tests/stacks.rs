@@ -29,7 +29,8 @@ struct Seen<'a> {
 impl<'a> Seen<'a> {
     fn new(guest: &'a Guest) -> Self {
         let modules = guest.kernel.modules(&guest.dump).unwrap();
-        let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &modules).unwrap();
+        let places: Vec<_> = modules.iter().map(Module::place).collect();
+        let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &places).unwrap();
         let (dump, deadline) = (&guest.dump, Deadline::none());
         let stacks = stacks::all(&guest.kernel, &unwinder, dump, dump.vcpus(), &deadline).unwrap();
         Self {
@@ -273,13 +274,18 @@ fn all_seen_by(
     before: &Sleepers,
 ) -> Vec<Stack> {
     let (kernel, none) = (&guest.kernel, Deadline::none());
-    let modules = kernel.modules(&guest.dump).unwrap();
+    let modules = kernel
+        .module_places(&guest.dump, &Deadline::none())
+        .unwrap();
     let unwinder = Unwinder::load(kernel, &guest.dump, &modules).unwrap();
     stacks::all_but(kernel, &unwinder, memory, vcpus, &none, before).unwrap()
 }
 
 fn sleepers(guest: &Guest) -> Sleepers {
-    let modules = guest.kernel.modules(&guest.dump).unwrap();
+    let modules = guest
+        .kernel
+        .module_places(&guest.dump, &Deadline::none())
+        .unwrap();
     let unwinder = Unwinder::load(&guest.kernel, &guest.dump, &modules).unwrap();
     Sleepers::read(&guest.kernel, &unwinder, &guest.dump, &Deadline::none())
 }

@@ -57,7 +57,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let dump = Dump::open(Path::new(&folder))?;
     let kernel = Kernel::attach(&dump, dump.vcpus())?;
-    let modules = kernel.modules(&dump)?;
+    let modules = kernel.module_places(&dump, &Deadline::none())?;
     let unwinder = Unwinder::load(&kernel, &dump, &modules)?;
     let witness = LiveKernel {
         kernel: &kernel,

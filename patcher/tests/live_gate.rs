@@ -36,7 +36,7 @@ impl Guest {
     fn open(folder: &std::path::Path) -> Self {
         let dump = Dump::open(folder).unwrap();
         let kernel = Kernel::attach(&dump, dump.vcpus()).unwrap();
-        let modules = kernel.modules(&dump).unwrap();
+        let modules = kernel.module_places(&dump, &Deadline::none()).unwrap();
         let unwinder = Unwinder::load(&kernel, &dump, &modules).unwrap();
         let proc_stacks = std::fs::read_to_string(folder.join("stacks.txt")).unwrap();
         Self {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use vmpatch_introspect::target::StopRequest;
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{Dump, Kernel, PhysicalMemory, Target};
+use vmpatch_introspect::{Deadline, Dump, Kernel, PhysicalMemory, Target};
 use vmpatch_patcher::apply::{Attempt, Attempted, Change, Failure, Schedule, Unobserved};
 use vmpatch_patcher::arena::Arena;
 use vmpatch_patcher::link::{self, Plan};
@@ -42,7 +42,7 @@ impl Vm {
         }
         let machine = Machine::with(ram, dump.vcpus().to_vec());
         let kernel = Kernel::attach(&machine, dump.vcpus()).unwrap();
-        let modules = kernel.modules(&machine).unwrap();
+        let modules = kernel.module_places(&machine, &Deadline::none()).unwrap();
         let unwinder = Unwinder::load(&kernel, &machine, &modules).unwrap();
         let folder = tempfile::tempdir_in("/dev/shm")
             .or_else(|_| tempfile::tempdir())

@@ -4,7 +4,7 @@
 use crate::address::{Gva, GvaRange};
 use crate::deadline::Deadline;
 use crate::kernel::{AttachError, Kernel};
-use crate::modules::{Module, ModuleOrc, ModulePlace, ModuleState};
+use crate::modules::{ModuleOrc, ModulePlace};
 use crate::paging::{KernelMemory, ReadError};
 use crate::stacks::cpu::StackPlaces;
 use crate::symbols::Symbols;
@@ -72,7 +72,7 @@ impl Unwinder {
     pub fn load(
         kernel: &Kernel,
         physical: &dyn PhysicalMemory,
-        modules: &[Module],
+        modules: &[ModulePlace],
     ) -> Result<Self, AttachError> {
         let memory = kernel.memory(physical);
         let symbols = &kernel.symbols;
@@ -83,16 +83,13 @@ impl Unwinder {
                 .iter()
                 .find_map(|name| symbols.unique(name).ok()),
             places: StackPlaces::find(kernel),
-            modules: modules.iter().map(Module::place).collect(),
+            modules: modules.to_vec(),
             ..Self::default()
         };
         unwinder.special = Special::find(symbols, &memory, unwinder.entry_text);
         unwinder.add_vmlinux(kernel, &memory)?;
         unwinder.frame_pointers = unwinder.format.is_none() && makes_frames(symbols, &memory);
-        for module in modules
-            .iter()
-            .filter(|module| module.state != ModuleState::Unformed)
-        {
+        for module in modules {
             unwinder.add_module(module, &memory);
         }
         Ok(unwinder)
@@ -327,7 +324,7 @@ impl Unwinder {
         Ok(())
     }
 
-    fn add_module(&mut self, module: &Module, memory: &KernelMemory<'_>) {
+    fn add_module(&mut self, module: &ModulePlace, memory: &KernelMemory<'_>) {
         let read = |orc: &ModuleOrc| {
             let (ips, stored) =
                 read_tables(memory, orc.ips, orc.entries, orc.count as usize).ok()?;

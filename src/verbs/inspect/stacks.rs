@@ -2,6 +2,7 @@
 //! the stacks are of one moment.
 
 use serde::Serialize;
+use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::stacks::{self, Stack};
 use vmpatch_introspect::target::StopRequest;
 use vmpatch_introspect::unwind::{Frame, FrameKind, Unwinder};
@@ -35,7 +36,8 @@ struct FrameRow {
 pub(super) fn show(asked: &Stacks, output: &Output) -> Result<(), Failure> {
     let seen = Live::attach(&asked.vm.vm)?;
     let modules = seen.modules()?;
-    let unwinder = Unwinder::load(&seen.kernel, seen.vm(), &modules)?;
+    let places: Vec<_> = modules.iter().map(Module::place).collect();
+    let unwinder = Unwinder::load(&seen.kernel, seen.vm(), &places)?;
     let stacks = of_one_moment(&seen, &unwinder)?;
     let names = Names {
         kernel: &seen.kernel,
