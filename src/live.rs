@@ -122,6 +122,7 @@ impl Live {
 pub(crate) struct Tables {
     unwinder: Unwinder,
     sleepers: Sleepers,
+    practised: bool,
 }
 
 impl Tables {
@@ -130,6 +131,7 @@ impl Tables {
         Ok(Self {
             unwinder: load(live)?,
             sleepers: Sleepers::default(),
+            practised: false,
         })
     }
 
@@ -146,13 +148,26 @@ impl Tables {
         ) {
             self.unwinder = load(live)?;
         }
-        let sleepers = |unwinder| Sleepers::read(kernel, unwinder, vm, &as_in_a_stop());
-        // Once for nothing: in a process that has just begun, what is done for the first time takes twice as long.
-        self.sleepers = sleepers(&self.unwinder);
-        let (witness, vcpus) = (self.witness(live), &live.vcpus);
-        let _ = quiescence::examine(&witness, vm, vcpus, ranges, &as_in_a_stop());
-        self.sleepers = sleepers(&self.unwinder);
+        if !self.practised {
+            self.practise(live, ranges);
+            self.practised = true;
+        }
+        self.read_sleepers(live);
         Ok(())
+    }
+
+    /// Does once for nothing, on the running guest, what a stop will do: in a process that has just begun, what is done for the
+    /// first time takes twice as long.
+    fn practise(&mut self, live: &Live, ranges: &BusyRanges) {
+        self.read_sleepers(live);
+        let (witness, vm) = (self.witness(live), live.vm());
+        let _ = quiescence::examine(&witness, vm, &live.vcpus, ranges, &as_in_a_stop());
+    }
+
+    fn read_sleepers(&mut self, live: &Live) {
+        // Those before are dropped first: there may be many.
+        self.sleepers = Sleepers::default();
+        self.sleepers = Sleepers::read(&live.kernel, &self.unwinder, live.vm(), &as_in_a_stop());
     }
 
     /// What the stack gate asks.

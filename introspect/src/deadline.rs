@@ -39,13 +39,12 @@ impl Deadline {
         self.by.is_some_and(|by| Instant::now() >= by)
     }
 
-    /// Lets work go on of which so many small steps are done. Called at each of them, it looks at the clock at the
-    /// first and then now and again.
+    /// Lets work go on of which so many steps are done, each of which may take long.
     ///
     /// # Errors
     /// [`AttachError::Late`]: it is over.
-    pub fn allow(&self, what: &'static str, done: usize) -> Result<(), AttachError> {
-        if done.is_multiple_of(BETWEEN_LOOKS) && self.is_over() {
+    pub fn check(&self, what: &'static str, done: usize) -> Result<(), AttachError> {
+        if self.is_over() {
             let allowed = self.allowed;
             return Err(AttachError::Late {
                 what,
@@ -54,6 +53,18 @@ impl Deadline {
             });
         }
         Ok(())
+    }
+
+    /// Lets work go on of which so many small steps are done. Called at each of them, it looks at the clock at the
+    /// first and then now and again.
+    ///
+    /// # Errors
+    /// [`AttachError::Late`]: it is over.
+    pub fn allow(&self, what: &'static str, done: usize) -> Result<(), AttachError> {
+        match done.is_multiple_of(BETWEEN_LOOKS) {
+            true => self.check(what, done),
+            false => Ok(()),
+        }
     }
 
     /// How long it was from the moment it was set.

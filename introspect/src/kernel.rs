@@ -70,7 +70,7 @@ pub enum AttachError {
          fewer of them, or the host less to do"
     )]
     Late {
-        /// "tasks", "stacks", "modules".
+        /// "tasks", "counts of tasks", "stacks", "modules".
         what: &'static str,
         /// How many of them were read.
         done: usize,

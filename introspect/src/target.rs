@@ -2,7 +2,7 @@
 //! types: only a [`StoppedTarget`] can change the guest's own memory. Knows no hypervisor.
 //!
 //! ```text
-//!             stop(deadline, lease)
+//!             stop(deadline, lease, detail)
 //!   Target ───────────────────────────▶ StoppedTarget ── resume(), switch(batch) ──▶ StopReport
 //!     ▲   every vCPU out, or none           │   ▲
 //!     │                                     │   └── write(batch): all or nothing
@@ -29,7 +29,7 @@ pub trait PhysicalMemory {
     /// [`read`](Self::read) serves it.
     fn ram(&self) -> Vec<GpaRange>;
 
-    /// One little-endian word.
+    /// One little-endian word. Memory of a running guest gives an aligned one as it was at one moment.
     ///
     /// # Errors
     /// As [`read`](Self::read).

@@ -94,6 +94,36 @@ fn a_large_page_keeps_the_low_21_bits() {
 }
 
 #[test]
+fn words_on_both_sides_of_a_page_border_and_across_it_are_read() {
+    // Two pages, of which the second lies before the first.
+    let memory = words(&[
+        (0x1000 + LAST, 0x2003),
+        (0x2000 + LAST, 0x3003),
+        (0x3000 + LAST, 0x4003),
+        (0x4000 + LAST - 8, 0x6003),
+        (0x4000 + LAST, 0x5003),
+        (0x6ff8, 0x1122_3344_5566_7788),
+        (0x5000, 0x99aa_bbcc_ddee_ff00),
+        (0x5ff8, 7),
+    ]);
+    let kernel = KernelMemory::new(&memory, FOUR);
+    let first = Gva(0xffff_ffff_ffff_e000);
+    let mut found = [0; 4];
+    let offsets = [0xff8, 0x1000, 0xffc, 0x1ff8];
+    kernel.read_words(first, &offsets, &mut found).unwrap();
+    let across = 0xddee_ff00_1122_3344;
+    assert_eq!(
+        found,
+        [0x1122_3344_5566_7788, 0x99aa_bbcc_ddee_ff00, across, 7]
+    );
+    let mut one = [0];
+    for (at, offset) in [(first, 0x2000), (Gva(0xffff_ffff_0000_0000), 0)] {
+        let error = kernel.read_words(at, &[offset], &mut one);
+        assert!(error.is_err(), "{at} {offset:#x}");
+    }
+}
+
+#[test]
 fn five_levels_take_one_more_table() {
     let space = AddressSpace {
         root: Gpa(0x6000),

@@ -99,7 +99,10 @@ pub fn all_but(
                 task: Some(task),
                 ..stack
             },
-            None => reader.task(task, doing)?,
+            None => {
+                deadline.check("stacks", stacks.len())?;
+                reader.task(task, doing)?
+            }
         });
     }
     stacks.extend(

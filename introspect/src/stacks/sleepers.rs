@@ -53,8 +53,9 @@ pub struct Sleepers {
 #[derive(Debug)]
 struct Sleeper {
     words: Words,
-    /// Without its task once a stop has taken that.
     stack: Stack,
+    /// A stop has taken its task from the stack.
+    taken: bool,
 }
 
 impl Sleepers {
@@ -111,7 +112,7 @@ impl Sleepers {
     /// The stack, without its task, of a task that was taken.
     pub(super) fn take_stack(&self, at: Gva) -> Option<Stack> {
         let sleeper = self.known.borrow_mut().remove(&at)?;
-        sleeper.stack.task.is_none().then_some(sleeper.stack)
+        sleeper.taken.then_some(sleeper.stack)
     }
 }
 
@@ -129,17 +130,16 @@ impl Known for Sleepers {
             return None;
         };
         let sleeper = entry.get_mut();
-        match sleeper.stack.task.take() {
-            Some(task) if words.sleeps_on(&sleeper.words, now) => Some(Task {
-                state: words.state(now),
-                cpu: words.cpu(now),
-                ..task
-            }),
-            _ => {
-                entry.remove();
-                None
-            }
+        if sleeper.taken || !words.sleeps_on(&sleeper.words, now) {
+            entry.remove();
+            return None;
         }
+        sleeper.taken = true;
+        Some(Task {
+            state: words.state(now),
+            cpu: words.cpu(now),
+            ..sleeper.stack.task.take()?
+        })
     }
 }
 
@@ -153,6 +153,10 @@ impl Sleeper {
             return None;
         }
         let stack = reader.task(task, Doing::Sleeps).ok()?;
-        Some(Self { words, stack })
+        Some(Self {
+            words,
+            stack,
+            taken: false,
+        })
     }
 }

@@ -217,7 +217,7 @@ impl Counts {
             return Ok(None);
         }
         for (done, task) in tasks.iter().enumerate() {
-            deadline.allow("tasks", done)?;
+            deadline.allow("counts of tasks", done)?;
             let own = memory.read_u64(task.at.wrapping_add(self.bandwidth))?;
             let cpu = usize::try_from(task.cpu).ok();
             if let Some(left) = cpu.and_then(|cpu| reserved.get_mut(cpu)) {
@@ -239,7 +239,7 @@ impl Counts {
         };
         let mut found = 0;
         for (done, task) in tasks.iter().filter(counted).enumerate() {
-            deadline.allow("tasks", done)?;
+            deadline.allow("counts of tasks", done)?;
             let queued = memory.read_u32(task.at.wrapping_add(self.on_queue))?;
             found += i64::from(queued == 0);
         }

@@ -436,7 +436,13 @@ fn the_counts_are_compared_within_the_deadline() {
         guest.deadline = Deadline::within(Duration::ZERO);
         let late = guest.failure();
         assert!(
-            matches!(late, AttachError::Late { what: "tasks", .. }),
+            matches!(
+                late,
+                AttachError::Late {
+                    what: "counts of tasks",
+                    ..
+                }
+            ),
             "{late}"
         );
         assert!(late.to_string().contains("try again"), "{late}");

@@ -73,6 +73,7 @@ struct Walk<'a> {
     memory: &'a KernelMemory<'a>,
     fields: &'a TaskFields,
     words: TaskWords,
+    /// By a fast hash, though the guest chooses the addresses: what it could cost us so is bounded by the deadline.
     seen: HashSet<Gva, RandomState>,
     found: Vec<Task>,
     /// What shows that there are tasks that were not found.

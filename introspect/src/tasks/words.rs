@@ -27,7 +27,7 @@ pub(crate) struct TaskWords {
     offsets: Vec<u64>,
     /// Bits that stay the same from when a task went to sleep until it runs again.
     asleep: Words,
-    /// There is enough among those bits to tell.
+    /// They are enough to tell.
     tells_sleep: bool,
     stack_size: u64,
     on_cpu: Option<Place>,
@@ -64,54 +64,77 @@ pub(crate) struct Links {
     pub(crate) thread: Gva,
 }
 
+/// What shows that a task has not run, in the order in which it must be read: who the task is; how often it was
+/// switched away from; whether it is on a CPU. [`Sleepers`](crate::stacks::Sleepers) rests on it.
+struct Proof {
+    canary: Option<Place>,
+    started: Option<Place>,
+    executions: Option<Place>,
+    switches: [Option<Place>; 2],
+    on_cpu: Option<Place>,
+}
+
+impl Proof {
+    fn of(fields: &TaskFields, order: &mut Order) -> Self {
+        Self {
+            canary: fields.stack_canary.map(|at| order.place(at, 8)),
+            started: fields.start_boottime.map(|at| order.place(at, 8)),
+            executions: fields.exec_id.map(|at| order.place(at, 8)),
+            switches: match fields.switches {
+                Some(pair) => pair.map(|at| Some(order.place(at, 8))),
+                None => [None; 2],
+            },
+            on_cpu: fields.on_cpu.as_ref().ok().map(|at| order.place(*at, 4)),
+        }
+    }
+
+    /// All but the canary, which not every kernel has.
+    const fn needed(&self) -> [Option<Place>; 5] {
+        let [wanted, unwanted] = self.switches;
+        [self.started, self.executions, wanted, unwanted, self.on_cpu]
+    }
+
+    /// Whether nothing is missing, and all will be read in this order.
+    fn holds(&self) -> bool {
+        let before = |pair: &[Option<Place>]| matches!(pair, [Some(one), Some(next)] if one.index < next.index);
+        self.needed().windows(2).all(before)
+    }
+}
+
 impl TaskWords {
-    /// In this order: who the task is; how often it was switched away from; whether it is on a CPU; then the
-    /// rest. [`Sleepers`](crate::stacks::Sleepers) rests on it.
+    /// Those of the proof first.
     pub(crate) fn of(fields: &TaskFields) -> Self {
-        let mut offsets = Vec::with_capacity(MOST);
-        let mut word = |offset| place(&mut offsets, offset, 8);
-        let canary = fields.stack_canary.map(&mut word);
-        let identity = [fields.start_boottime, fields.exec_id].map(|member| member.map(&mut word));
-        let switches = fields
-            .switches
-            .map_or([None; 2], |pair| pair.map(|member| Some(word(member))));
-        let on_cpu = fields.on_cpu.as_ref().ok();
-        let on_cpu = on_cpu.map(|offset| place(&mut offsets, *offset, 4));
-        let needed = [identity[0], identity[1], switches[0], switches[1], on_cpu];
-        let stack_refcount = fields.stack_refcount;
-        let stack_refcount = stack_refcount.map(|offset| place(&mut offsets, offset, 4));
-        let mut word = |offset| place(&mut offsets, offset, 8);
-        let (stack, saved_sp) = (word(fields.stack), word(fields.saved_sp));
-        let threads = fields.threads;
-        let [tasks, signal, thread] = [fields.tasks, threads.signal, threads.node].map(&mut word);
-        let mut small = |offset| place(&mut offsets, offset, 4);
-        let (state, cpu, flags) = (small(fields.state), small(fields.cpu), small(fields.flags));
-        let (pid, tgid) = (small(fields.pid), small(fields.tgid));
+        let (mut order, threads) = (Order::default(), fields.threads);
+        let proof = Proof::of(fields, &mut order);
+        let (stack, saved_sp) = (
+            order.place(fields.stack, 8),
+            order.place(fields.saved_sp, 8),
+        );
         let mut asleep = [0; MOST];
-        let fixed = needed.into_iter().chain([canary]).flatten();
+        let fixed = proof.needed().into_iter().chain([proof.canary]).flatten();
         for place in fixed.chain([stack, saved_sp]) {
             if let Some(bits) = asleep.get_mut(place.index) {
                 *bits |= place.mask << place.shift;
             }
         }
         Self {
-            tells_sleep: needed.iter().all(Option::is_some),
-            offsets,
             asleep,
             stack_size: fields.stack_size,
-            on_cpu,
-            stack_refcount,
+            on_cpu: proof.on_cpu,
+            stack_refcount: fields.stack_refcount.map(|at| order.place(at, 4)),
             stack,
             saved_sp,
-            state,
-            cpu,
-            flags,
-            pid,
-            tgid,
+            state: order.place(fields.state, 4),
+            cpu: order.place(fields.cpu, 4),
+            flags: order.place(fields.flags, 4),
+            pid: order.place(fields.pid, 4),
+            tgid: order.place(fields.tgid, 4),
             comm: fields.comm,
-            tasks,
-            signal,
-            thread,
+            tasks: order.place(fields.tasks, 8),
+            signal: order.place(threads.signal, 8),
+            thread: order.place(threads.node, 8),
+            tells_sleep: proof.holds() && order.offsets.len() <= MOST,
+            offsets: order.offsets,
         }
     }
 
@@ -194,24 +217,33 @@ impl TaskWords {
     }
 }
 
-/// The word that has a member of `size` bytes, at most 8: the aligned one around it, so that one word serves
-/// several; at its own address if it does not lie within one.
-fn place(offsets: &mut Vec<u64>, offset: u64, size: u32) -> Place {
-    let aligned = offset & !7;
-    let within = offset - aligned;
-    let (at, shift) = match within + u64::from(size) <= 8 {
-        true => (aligned, 8 * u32::try_from(within).unwrap_or(0)),
-        false => (offset, 0),
-    };
-    let known = offsets.iter().position(|known| *known == at);
-    let index = known.unwrap_or_else(|| {
-        offsets.push(at);
-        offsets.len() - 1
-    });
-    Place {
-        index,
-        shift,
-        mask: u64::MAX >> (64 - 8 * size),
+/// Which words are read, one after the other.
+#[derive(Default)]
+struct Order {
+    offsets: Vec<u64>,
+}
+
+impl Order {
+    /// The word that has a member of `size` bytes, at most 8: the aligned one around it, so that one word serves
+    /// several; at its own address if it does not lie within one. Read after all that were asked for before, unless
+    /// it is one of them.
+    fn place(&mut self, offset: u64, size: u32) -> Place {
+        let aligned = offset & !7;
+        let within = offset - aligned;
+        let (at, shift) = match within + u64::from(size) <= 8 {
+            true => (aligned, 8 * u32::try_from(within).unwrap_or(0)),
+            false => (offset, 0),
+        };
+        let known = self.offsets.iter().position(|known| *known == at);
+        let index = known.unwrap_or_else(|| {
+            self.offsets.push(at);
+            self.offsets.len() - 1
+        });
+        Place {
+            index,
+            shift,
+            mask: u64::MAX >> (64 - 8 * size),
+        }
     }
 }
 
@@ -230,4 +262,23 @@ impl Place {
 fn comm(bytes: [u8; COMM]) -> String {
     let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_share_a_word_and_one_across_two_has_its_own() {
+        let mut order = Order::default();
+        let places = [(0x10, 4), (0x14, 4), (0x16, 4), (0x10, 8)];
+        let [low, high, across, whole] = places.map(|(at, size)| order.place(at, size));
+        assert_eq!(order.offsets, [0x10, 0x16]);
+        let mut words = [0; MOST];
+        (words[0], words[1]) = (0x1111_2222_3333_4444, 0x5555_6666);
+        assert_eq!(low.of(&words), 0x3333_4444);
+        assert_eq!(high.of(&words), 0x1111_2222);
+        assert_eq!(across.of(&words), 0x5555_6666);
+        assert_eq!(whole.of(&words), words[0]);
+    }
 }

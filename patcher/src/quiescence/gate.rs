@@ -44,7 +44,11 @@ pub fn examine_stacks(
     busy: &mut Busy,
 ) -> Result<(), AttachError> {
     for (done, stack) in stacks.iter().enumerate() {
-        deadline.allow("stacks", done)?;
+        match stack.trace.unreliable {
+            None => deadline.allow("stacks", done)?,
+            // It may be searched word by word.
+            Some(_) => deadline.check("stacks", done)?,
+        }
         if let Err(finding) = examine(stack, ranges, read) {
             busy.add(*finding);
         }

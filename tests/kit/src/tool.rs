@@ -143,11 +143,6 @@ pub(crate) fn ended(command: &mut Command, limit: Duration) -> Result<Output> {
         .context("it does not start")?;
     let stdout = child.stdout.take().map(read_all);
     let stderr = child.stderr.take().map(read_all);
-    let said = |reader: Option<JoinHandle<Vec<u8>>>| {
-        reader
-            .and_then(|reader| reader.join().ok())
-            .unwrap_or_default()
-    };
     loop {
         if let Some(status) = child.try_wait().context("it cannot be waited for")? {
             return Ok(Output {
@@ -159,6 +154,7 @@ pub(crate) fn ended(command: &mut Command, limit: Duration) -> Result<Output> {
         if Instant::now() >= until {
             child.kill().context("it cannot be killed")?;
             child.wait().context("it cannot be waited for")?;
+            let [stdout, stderr] = [stdout, stderr].map(|reader| reader.filter(ends_soon));
             bail!(
                 "it did not end within {} s, having said: {}{}",
                 limit.as_secs(),
@@ -168,6 +164,21 @@ pub(crate) fn ended(command: &mut Command, limit: Duration) -> Result<Output> {
         }
         thread::sleep(LOOK);
     }
+}
+
+fn said(reader: Option<JoinHandle<Vec<u8>>>) -> Vec<u8> {
+    reader
+        .and_then(|reader| reader.join().ok())
+        .unwrap_or_default()
+}
+
+/// Not where a child of the killed command still holds its output.
+fn ends_soon(reader: &JoinHandle<Vec<u8>>) -> bool {
+    let until = Instant::now() + Duration::from_secs(1);
+    while !reader.is_finished() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    reader.is_finished()
 }
 
 fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
@@ -218,6 +229,14 @@ mod tests {
         command.args(["-c", "echo begun; exec sleep 60"]);
         let error = ended(&mut command, Duration::from_millis(300)).unwrap_err();
         assert!(error.to_string().contains("begun"), "{error}");
+        let begin = Instant::now();
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 20 & wait"]);
+        assert!(ended(&mut command, Duration::from_millis(300)).is_err());
+        assert!(
+            begin.elapsed() < Duration::from_secs(15),
+            "its child is waited for"
+        );
         let output = ended(Command::new("sh").args(["-c", "exit 3"]), LIMIT).unwrap();
         assert_eq!(output.status.code(), Some(3));
     }

@@ -7,8 +7,8 @@ use crate::hot::map::Shared;
 use crate::hot::page::{Answer, Operation, Status};
 use crate::vm::futex::{self, Sharing};
 
-/// How often a missing answer makes us look whether the VMM still lives.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often a missing answer makes us see whether the VMM still lives.
+const ALIVE_EVERY: Duration = Duration::from_millis(20);
 
 /// See the module.
 #[derive(Debug)]
@@ -65,8 +65,8 @@ impl HotClient {
         let end = Instant::now() + limit;
         let mut seen = before;
         loop {
-            futex::look(&self.page.answer, seen);
-            futex::wait(&self.page.answer, seen, Some(LOOK), Sharing::Shared);
+            futex::look(&self.page.answer, seen, ALIVE_EVERY);
+            futex::wait(&self.page.answer, seen, Some(ALIVE_EVERY), Sharing::Shared);
             let word = self.page.answer.load(Ordering::SeqCst);
             if word >> 8 == number {
                 return Ok(word);

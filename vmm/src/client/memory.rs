@@ -166,6 +166,21 @@ mod tests {
     }
 
     #[test]
+    fn words_are_those_of_the_bytes() {
+        let guest = GuestMemory::new(Layout::new(4 << 30, 40).unwrap()).unwrap();
+        let arena = guest.layout().arena();
+        for at in [Gpa(0x1ff9), Gpa(4 << 30), arena.start] {
+            guest.write(at, b"two words in all").unwrap();
+            let expected = [b"two word", b"s in all"].map(|word| u64::from_le_bytes(*word));
+            let memory = mapped(&guest);
+            let mut found = [0; 2];
+            memory.read_words(at, &[8, 0], &mut found).unwrap();
+            assert_eq!([found[1], found[0]], expected, "{at}");
+            assert_eq!(memory.read_u64(at), Ok(expected[0]), "{at}");
+        }
+    }
+
+    #[test]
     fn what_is_no_memory_is_not_read() {
         let guest = GuestMemory::new(Layout::new(4 << 30, 40).unwrap()).unwrap();
         let memory = mapped(&guest);
@@ -180,6 +195,12 @@ mod tests {
             let at = Gpa(at);
             let error = memory.read(at, &mut [0; 4]);
             assert_eq!(error, Err(MemoryError::NotBacked { at, len: 4 }));
+            assert!(memory.read_u64(at).is_err());
+            assert!(memory.read_words(at, &[0], &mut [0]).is_err());
+            let beyond = at.0.wrapping_sub(0x100_0000);
+            let offsets = [0x100_0000, u64::MAX];
+            let read = |offset| memory.read_words(Gpa(beyond), &[offset], &mut [0]);
+            assert!(offsets.into_iter().all(|offset| read(offset).is_err()));
         }
     }
 

@@ -238,6 +238,14 @@ impl PhysicalMemory for KvmTarget {
         self.memory.read(at, into)
     }
 
+    fn read_u64(&self, at: Gpa) -> Result<u64, MemoryError> {
+        self.memory.read_u64(at)
+    }
+
+    fn read_words(&self, at: Gpa, offsets: &[u64], into: &mut [u64]) -> Result<(), MemoryError> {
+        self.memory.read_words(at, offsets, into)
+    }
+
     fn ram(&self) -> Vec<GpaRange> {
         self.memory.ram()
     }

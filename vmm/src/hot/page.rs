@@ -33,14 +33,14 @@ pub(crate) struct Page {
     magic: AtomicU64,
     version: AtomicU32,
     vcpus: AtomicU32,
-    /// What the session wants: see [`Command`]. A futex.
+    /// What the session wants: see [`Operation`]. A futex.
     pub(crate) command: AtomicU32,
     /// What came of it: see [`Answer`]. A futex.
     pub(crate) answer: AtomicU32,
     /// Of a stop: deadline and lease in nanoseconds, and 1 where what stacks need will do. Of a write: the number of
     /// edits in the area.
     arguments: [AtomicU64; 3],
-    /// Of an answer: see [`Detail`].
+    /// Of an answer: a vCPU, an edit's index or an address, and the length of what is in the area.
     detail: [AtomicU64; 2],
     /// Kick, registers, write, resume, window, in nanoseconds.
     report: [AtomicU64; 5],

@@ -94,10 +94,11 @@ impl Session {
             self.end_if_expired();
             let word = self.page.command.load(Ordering::SeqCst);
             if word == seen {
-                if self.held.is_some() {
-                    futex::look(&self.page.command, seen);
-                }
                 let until = self.held.as_ref().map(|held| held.until);
+                if let Some(until) = until {
+                    let left = until.saturating_duration_since(Instant::now());
+                    futex::look(&self.page.command, seen, left);
+                }
                 futex::wait_either((&self.page.command, seen), (&self.gone, 0), until);
                 continue;
             }
@@ -166,7 +167,7 @@ impl Session {
             return Answer::because(Status::Ended, 0, &outcome.to_string());
         }
         match operation {
-            Operation::Stop | Operation::Write | Operation::Switch => {
+            Operation::Write | Operation::Switch => {
                 let answer = write(&mut held.stopped, &self.page);
                 if answer.status == Status::Done && operation == Operation::Switch {
                     return self.resume(held.stopped);
@@ -177,6 +178,10 @@ impl Session {
                 answer
             }
             Operation::Resume => self.resume(held.stopped),
+            Operation::Stop => {
+                self.held = Some(held);
+                Answer::plain(Status::Refused)
+            }
             Operation::Abandon => match held.stopped.abandon() {
                 Ok(report) => {
                     self.page.set_report(&report);
@@ -314,7 +319,7 @@ mod tests {
                 };
                 words[(random() % reach) as usize].store(value, Ordering::SeqCst);
             }
-            page.set_arguments([random() % 3_000_000, random() % 2_000_000, 0]);
+            page.set_arguments([random() % 3_000_000, random() % 2_000_000, random() % 3]);
             let operation = (random() % 7) as u32;
             command(page, number << 8 | operation);
         }

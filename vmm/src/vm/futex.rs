@@ -47,11 +47,11 @@ pub(crate) fn wait(word: &AtomicU32, seen: u32, timeout: Option<Duration>, shari
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, seen, limit) };
 }
 
-/// Looks at `word` while it holds `seen`, for a moment: for a word that is about to change. Can return early; the caller
-/// sleeps then.
-pub(crate) fn look(word: &AtomicU32, seen: u32) {
-    let begin = Instant::now();
-    while word.load(Ordering::SeqCst) == seen && begin.elapsed() < LOOKING {
+/// Looks at `word` while it holds `seen`, for a moment and at most `limit`: for a word that is about to change. The caller
+/// sleeps then, if it has not.
+pub(crate) fn look(word: &AtomicU32, seen: u32, limit: Duration) {
+    let (begin, limit) = (Instant::now(), limit.min(LOOKING));
+    while word.load(Ordering::SeqCst) == seen && begin.elapsed() < limit {
         thread::yield_now();
     }
 }
@@ -163,11 +163,16 @@ mod tests {
     #[test]
     fn a_word_that_does_not_change_is_looked_at_for_a_moment_only() {
         let word = AtomicU32::new(0);
+        for (limit, least) in [(Duration::MAX, LOOKING), (LOOKING / 4, LOOKING / 4)] {
+            let begin = Instant::now();
+            look(&word, 0, limit);
+            let looked = begin.elapsed();
+            assert!(looked >= least, "{looked:?}");
+            assert!(looked < Duration::from_secs(5), "{looked:?}");
+        }
         let begin = Instant::now();
-        look(&word, 0);
-        let looked = begin.elapsed();
-        look(&word, 1);
-        assert!(looked >= LOOKING, "{looked:?}");
+        (0..1000).for_each(|_| look(&word, 1, Duration::MAX));
+        assert!(begin.elapsed() < 1000 * LOOKING);
     }
 
     #[test]

@@ -179,7 +179,7 @@ impl Gate {
             if now >= end {
                 return now;
             }
-            futex::look(&self.bell, bell);
+            futex::look(&self.bell, bell, end - now);
             futex::wait(&self.bell, bell, Some(end - now), Sharing::Private);
         }
     }
@@ -206,7 +206,7 @@ impl Gate {
         post.stands_for.store(wish.0, Ordering::SeqCst);
         self.ring();
         meanwhile();
-        futex::look(&self.wish, wish.0);
+        futex::look(&self.wish, wish.0, Duration::MAX);
         while self.wish() == wish {
             futex::wait(&self.wish, wish.0, None, Sharing::Private);
         }
@@ -264,7 +264,7 @@ impl Gate {
             if left.is_zero() {
                 return;
             }
-            futex::look(&self.bell, bell);
+            futex::look(&self.bell, bell, left);
             futex::wait(&self.bell, bell, Some(left), Sharing::Private);
             bell = self.bell.load(Ordering::SeqCst);
         }

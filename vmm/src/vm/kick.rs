@@ -85,9 +85,11 @@ impl Kicker {
 }
 
 impl ImmediateExit {
-    /// Of this vCPU, which must outlive every use. `wanted_regs` is what KVM stores when a kick makes it leave the
-    /// guest (KVM_SYNC_X86_*).
-    pub(super) fn of(vcpu: &mut VcpuFd, wanted_regs: u64) -> Self {
+    /// Of this vCPU. `wanted_regs` is what KVM stores when a kick makes it leave the guest (KVM_SYNC_X86_*).
+    ///
+    /// # Safety
+    /// The vCPU must outlive every use of the value and of its copies.
+    pub(super) unsafe fn of(vcpu: &mut VcpuFd, wanted_regs: u64) -> Self {
         let run = vcpu.get_kvm_run();
         let byte = &raw mut run.immediate_exit;
         let mask = &raw mut run.kvm_valid_regs;

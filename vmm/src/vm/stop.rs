@@ -1,5 +1,5 @@
 //! A stop for a patch, inside the VMM: the guard that holds every vCPU, writes batches and lets go. Owns
-//! the undo list and the measuring; does not own the lease ([`crate::control`]) nor the kick
+//! the undo list and the measuring; does not own the lease ([`crate::hot`]) nor the kick
 //! ([`super::gate`]).
 
 use std::sync::Arc;

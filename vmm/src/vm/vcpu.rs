@@ -53,7 +53,9 @@ impl Runner {
         let wanted = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
         let can = u32::try_from(sync_bits).is_ok_and(|bits| bits & wanted == wanted);
         let sync = if can { wanted.into() } else { 0 };
-        let exit = ImmediateExit::of(&mut fd, sync);
+        // SAFETY: it is kept beside the vCPU, and armed only until `Leaving` is dropped, which is before the vCPU is.
+        #[allow(unsafe_code)]
+        let exit = unsafe { ImmediateExit::of(&mut fd, sync) };
         Self {
             index,
             fd,
@@ -96,7 +98,7 @@ impl Runner {
                 Kind::Run => last = self.turn()?,
                 Kind::Stop(detail) => {
                     self.shared.gate.left_guest(post);
-                    self.stand(post, (wish, detail), last)?;
+                    self.stand(post, wish, detail, last)?;
                     last = Turned::Served;
                 }
                 Kind::End => return Ok(()),
@@ -120,7 +122,8 @@ impl Runner {
     fn stand(
         &mut self,
         post: &Post,
-        (wish, detail): (Wish, Detail),
+        wish: Wish,
+        detail: Detail,
         last: Turned,
     ) -> Result<(), Box<Outcome>> {
         let stored = self.stored().filter(|_| last == Turned::Interrupted);

@@ -22,8 +22,6 @@ const MEMORY: &str = "4G";
 /// its VMCB's address in RAX. It then faults for ever or shuts down.
 const CPUS: &str = "1";
 
-/// How often a job is begun anew where the machine itself fails under it.
-const MACHINES: u32 = 2;
 /// A machine that has shown no sign of life for so long hangs. It shows one every five seconds.
 const SILENCE: Duration = Duration::from_secs(90);
 
@@ -36,19 +34,20 @@ enum Ended {
 }
 
 /// Runs the job in the machine and returns its exit code. Emulation of nested virtualisation is not sound: where the machine
-/// itself fails, another is begun, and that is told.
+/// itself fails, another is begun, once, and that is told.
 pub(super) fn run(manifest: &Manifest, job: &Job) -> Result<i32> {
     let emulator = Emulator::find(manifest)?;
-    for left in (0..MACHINES).rev() {
-        match once(&emulator, manifest, job)? {
-            Ended::Command(code) => return Ok(code),
-            Ended::Machine(why) if left == 0 => bail!("{why}"),
-            Ended::Machine(why) => progress::warn(&format!(
-                "the emulated machine itself failed, so that nothing is known of the command: it is begun anew in another\n{why}"
-            )),
-        }
+    let mut ended = once(&emulator, manifest, job)?;
+    if let Ended::Machine(why) = &ended {
+        progress::warn(&format!(
+            "the emulated machine itself failed, so that nothing is known of the command: it is begun anew in another\n{why}"
+        ));
+        ended = once(&emulator, manifest, job)?;
     }
-    bail!("no machine was begun")
+    match ended {
+        Ended::Command(code) => Ok(code),
+        Ended::Machine(why) => bail!("{why}"),
+    }
 }
 
 fn once(emulator: &Emulator, manifest: &Manifest, job: &Job) -> Result<Ended> {

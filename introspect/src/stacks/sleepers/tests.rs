@@ -95,8 +95,10 @@ impl Guest {
         let at = Gva(BASE.0 + TASK);
         let memory = KernelMemory::new(self, SPACE);
         let words = TaskWords::of(&self.fields).read(&memory, at).unwrap();
-        let task = sleepers.take(at, &words)?;
-        Some((task, sleepers.take_stack(at)?))
+        let task = sleepers.take(at, &words);
+        let stack = sleepers.take_stack(at);
+        assert_eq!(task.is_some(), stack.is_some());
+        task.zip(stack)
     }
 }
 
@@ -142,6 +144,21 @@ fn a_task_is_given_to_one_stop_alone() {
     assert!(guest.take(&sleepers).is_none());
     guest.put(WANTED, 3);
     assert!(guest.take(&sleepers).is_none());
+}
+
+#[test]
+fn a_stack_that_a_stop_gave_up_after_taking_the_task_is_not_the_next_ones() {
+    let guest = Guest::new();
+    let sleepers = guest.read_sleepers();
+    let at = Gva(BASE.0 + TASK);
+    let words = || {
+        let memory = KernelMemory::new(&guest, SPACE);
+        TaskWords::of(&guest.fields).read(&memory, at).unwrap()
+    };
+    assert!(sleepers.take(at, &words()).is_some());
+    guest.put(WANTED, 4);
+    assert!(sleepers.take(at, &words()).is_none());
+    assert!(sleepers.take_stack(at).is_none());
 }
 
 /// With this word of the task changed in between, the stop does not know it.
