@@ -56,7 +56,7 @@ pub(crate) enum Verb {
     Stop(OneVm),
     /// Look into a guest kernel from outside, without its help.
     Inspect(Inspect),
-    /// Make a patch file from two objects of the same source file, before and after the fix.
+    /// Make a patch file from the diff of a fix, or from two objects: before it and after it
     Build(Build),
     /// Go through every gate of an apply, and write nothing.
     Check(Change),
@@ -169,16 +169,31 @@ pub(crate) struct Stacks {
 /// `vmpatch build`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Compile both objects with the flags of the running kernel plus
--ffunction-sections -fdata-sections; in a prepared kernel tree:
-  make KCFLAGS='-ffunction-sections -fdata-sections' fs/proc/version.o")]
+From the diff of a fix, which compiles what it changes without and with it:
+  vmpatch build --source linux --config /boot/config-6.12.1 --diff fix.patch -o fix.vmpatch
+The source is that of the running kernel and is not changed. It is made ready once, which takes a
+minute or so, in $VMPATCH_CACHE (by default ~/.cache/vmpatch); from then on a file takes seconds.
+Needs what a kernel needs to be built, the compiler that the configuration names, and `patch`.
+
+From two objects, compiled with the flags of the running kernel and two more:
+  make KCFLAGS='-ffunction-sections -fdata-sections' fs/proc/version.o
+  vmpatch build --old old.o --new new.o -o fix.vmpatch")]
 pub(crate) struct Build {
     /// Object of the source before the fix.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) old: PathBuf,
+    #[arg(long, value_name = "FILE", requires = "new", conflicts_with = "source")]
+    pub(crate) old: Option<PathBuf>,
     /// Object of the source after the fix.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) new: PathBuf,
+    #[arg(long, value_name = "FILE", requires = "old")]
+    pub(crate) new: Option<PathBuf>,
+    /// Source of the running kernel.
+    #[arg(long, value_name = "DIR", requires_all = ["config", "diff"], required_unless_present = "old")]
+    pub(crate) source: Option<PathBuf>,
+    /// Configuration that the running kernel was built with.
+    #[arg(long, value_name = "FILE", requires = "source")]
+    pub(crate) config: Option<PathBuf>,
+    /// Diff of the fix, unified, with one folder before each path (`a/`, `b/`).
+    #[arg(long, value_name = "FILE", requires = "source")]
+    pub(crate) diff: Option<PathBuf>,
     /// Patch file to write.
     #[arg(long, short, value_name = "FILE")]
     pub(crate) output: PathBuf,

@@ -66,6 +66,19 @@ impl From<MachineError> for Failure {
     }
 }
 
+impl From<vmpatch_kbuild::BuildError> for Failure {
+    fn from(error: vmpatch_kbuild::BuildError) -> Self {
+        use vmpatch_kbuild::BuildError as Error;
+        match error {
+            Error::NoSource(..) => Self::Usage(error.to_string()),
+            Error::Failed { .. } | Error::NotStarted { .. } | Error::File { .. } => {
+                Self::Other(error.into())
+            }
+            _ => Self::refused(error),
+        }
+    }
+}
+
 impl From<StopError> for Failure {
     fn from(error: StopError) -> Self {
         match error {

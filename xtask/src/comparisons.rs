@@ -1,5 +1,5 @@
-//! What the crates' own tests compare with real kernels, made ready: dumps of stopped guests, samples of patches, whole objects;
-//! and the variables that name them. Boots nothing but what is dumped.
+//! What the crates' own tests compare with real kernels, made ready: dumps of stopped guests, samples of patches, whole objects,
+//! a kernel's source; and the variables that name them. Boots nothing but what is dumped.
 
 use std::ffi::OsString;
 use std::fs;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::manifest::Manifest;
-use crate::{dumps, objects, paths};
+use crate::{dumps, images, objects, paths};
 
 /// Patches that are linked for and applied to dumps: each another kind of change.
 const SAMPLES: [&str; 9] = [
@@ -47,6 +47,7 @@ pub(crate) fn prepare(manifest: &Manifest) -> Result<Vec<(&'static str, OsString
     let mut variables = vec![
         ("VMPATCH_DUMPS", dumps::make(manifest)?.into_os_string()),
         ("VMPATCH_SAMPLES", samples(manifest)?.into_os_string()),
+        ("VMPATCH_SOURCE", kernel(manifest)?.into_os_string()),
     ];
     for (guest, variable) in COMPARED {
         let list = objects::whole(manifest, guest, &WHOLE)?;
@@ -57,14 +58,29 @@ pub(crate) fn prepare(manifest: &Manifest) -> Result<Vec<(&'static str, OsString
 
 /// A folder with a pair of objects for each sample, under its name.
 fn samples(manifest: &Manifest) -> Result<PathBuf> {
-    let dir = paths::repo().join("target/runs/samples");
-    if dir.exists() {
-        fs::remove_dir_all(&dir).with_context(|| format!("cannot clear {}", dir.display()))?;
-    }
-    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let dir = fresh("samples")?;
     for sample in SAMPLES {
         let pair = objects::make(manifest, SAMPLED, sample)?;
         symlink(pair.dir(), dir.join(sample))?;
     }
+    Ok(dir)
+}
+
+/// A folder with the source, as `linux`, and the configuration of the guest that the samples are for.
+fn kernel(manifest: &Manifest) -> Result<PathBuf> {
+    let dir = fresh("kernel")?;
+    let recipe = images::recipe(manifest, SAMPLED)?;
+    symlink(recipe.source, dir.join("linux"))?;
+    fs::write(dir.join("config"), recipe.config)?;
+    Ok(dir)
+}
+
+/// An empty folder of this clone.
+fn fresh(name: &str) -> Result<PathBuf> {
+    let dir = paths::repo().join("target/runs").join(name);
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("cannot clear {}", dir.display()))?;
+    }
+    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
 }

@@ -1,21 +1,17 @@
 //! Objects compiled from a guest's kernel source with the guest's own configuration: pairs to make a patch from, one source file
-//! before and after a fix, and whole files to find in the guest. A work tree of hard links is patched, never the unpacked source.
-
-mod worktree;
+//! before and after a fix, and whole files to find in the guest. Kept in the cache.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use vmpatch_kbuild::tree::FLAGS;
+use vmpatch_kbuild::{Diff, Tree};
 
 use crate::images::{self, Recipe};
 use crate::manifest::Manifest;
 use crate::publish::Staging;
 use crate::{checksum, paths, progress};
-use worktree::WorkTree;
-
-/// Each function and each datum in a section of its own, so that a change is seen where it is.
-const FLAGS: &str = "-ffunction-sections -fdata-sections";
 
 /// Folder with `old.o` and `new.o`.
 #[derive(Debug)]
@@ -35,16 +31,20 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
     let path = paths::guest_images()
         .join("patches")
         .join(format!("{patch}.patch"));
-    let text =
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let diff = Diff::parse(&text).with_context(|| path.display().to_string())?;
     let recipe = images::recipe(manifest, guest)?;
-    let dir = cached(guest, patch, &recipe, &text, |work, into| {
-        work.compile_both(&path, &changed_file(&text)?, into)?;
+    let dir = cached(guest, patch, &recipe, &text, |tree, into| {
+        let mut pairs = tree.compile_both(&diff, &|_| {})?;
+        let (Some(pair), true) = (pairs.pop(), pairs.is_empty()) else {
+            bail!("{patch} changes more than one file");
+        };
         ensure!(
-            fs::read(into.join("old.o"))? != fs::read(into.join("new.o"))?,
+            pair.old != pair.new,
             "{patch} changes nothing in the object compiled for {guest}"
         );
-        Ok(())
+        fs::write(into.join("old.o"), pair.old)?;
+        Ok(fs::write(into.join("new.o"), pair.new)?)
     })?;
     Ok(Pair { dir })
 }
@@ -53,9 +53,13 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
 pub(crate) fn whole(manifest: &Manifest, guest: &str, files: &[&str]) -> Result<Vec<PathBuf>> {
     let recipe = images::recipe(manifest, guest)?;
     let name = |file: &str| file.trim_end_matches(".c").replace('/', "-") + ".o";
-    let dir = cached(guest, "whole", &recipe, &files.join("\n"), |work, into| {
-        let places: Vec<_> = files.iter().map(|f| (*f, into.join(name(f)))).collect();
-        work.compile_unpatched(&places)
+    let input = files.join("\n");
+    let dir = cached(guest, "whole", &recipe, input.as_bytes(), |tree, into| {
+        let paths: Vec<_> = files.iter().map(PathBuf::from).collect();
+        for (file, made) in files.iter().zip(tree.compile(&paths)?) {
+            fs::write(into.join(name(file)), made.object)?;
+        }
+        Ok(())
     })?;
     Ok(files.iter().map(|file| dir.join(name(file))).collect())
 }
@@ -65,59 +69,26 @@ fn cached(
     guest: &str,
     name: &str,
     recipe: &Recipe,
-    input: &str,
-    fill: impl FnOnce(&WorkTree, &Path) -> Result<()>,
+    input: &[u8],
+    fill: impl FnOnce(&Tree, &Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let digest = checksum::of_parts(&[
-        recipe.identity.as_bytes(),
-        input.as_bytes(),
-        FLAGS.as_bytes(),
-    ]);
+    let digest = checksum::of_parts(&[recipe.identity.as_bytes(), input, FLAGS.as_bytes()]);
     let root = paths::cache()?;
     let dir = root
         .join("objects")
         .join(guest)
         .join(format!("{name}-{}", &digest[..12]));
-    let lock = root.join(format!("objects-{guest}.lock"));
-    let lock = fs::File::create(&lock).with_context(|| format!("creating {}", lock.display()))?;
-    // Held to the end of this function: two commands in one work tree would compile each other's source.
-    lock.lock()
-        .context("waiting for another command that compiles for this guest")?;
+    if dir.exists() {
+        return Ok(dir);
+    }
+    let step = progress::step(format!("compiling {name} for {guest}"));
+    let tree = Tree::ready(&recipe.source, &recipe.config, &root, &progress::note)?;
+    // Another command may have had the tree until now.
     if !dir.exists() {
-        let step = progress::step(format!("compiling {name} for {guest}"));
-        let work = WorkTree::prepared(guest, recipe)?;
         let staging = Staging::beside(&dir)?;
-        fill(&work, staging.dir())?;
+        fill(&tree, staging.dir())?;
         staging.publish()?;
-        step.done();
     }
+    step.done();
     Ok(dir)
-}
-
-/// The one C file that a patch changes, relative to the root of the source.
-fn changed_file(patch: &str) -> Result<String> {
-    let mut files = patch
-        .lines()
-        .filter_map(|l| l.strip_prefix("+++ b/"))
-        .map(|f| f.split('\t').next().unwrap_or(f));
-    match (files.next(), files.next()) {
-        (Some(file), None) if file.ends_with(".c") => Ok(file.to_owned()),
-        _ => bail!("a patch for a demo or test changes exactly one .c file"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_changed_file_is_read_from_the_patch() {
-        let patch = "--- a/fs/proc/version.c\n+++ b/fs/proc/version.c\t2026-01-01\n@@ -1 +1 @@\n";
-        assert_eq!(changed_file(patch).unwrap(), "fs/proc/version.c");
-    }
-
-    #[test]
-    fn a_patch_of_two_files_is_refused() {
-        assert!(changed_file("+++ b/a.c\n+++ b/b.c\n").is_err());
-    }
 }

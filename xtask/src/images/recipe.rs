@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::{debian, lean};
 use crate::manifest::Manifest;
-use crate::{checksum, packages, source};
+use crate::{packages, source};
 
 /// Source and configuration of a guest's kernel.
 #[derive(Debug)]
@@ -18,13 +18,6 @@ pub(crate) struct Recipe {
     pub config: String,
     /// Names the exact version and configuration.
     pub identity: String,
-}
-
-impl Recipe {
-    /// A short name for folders.
-    pub(crate) fn identity_digest(&self) -> String {
-        checksum::of_parts(&[self.identity.as_bytes()])
-    }
 }
 
 /// The recipe of a guest.

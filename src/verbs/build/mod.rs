@@ -1,9 +1,7 @@
-//! `vmpatch build`: a patch file from two objects.
+//! `vmpatch build`: a patch file from two objects, given or compiled from the diff of a fix.
 
-use std::io::ErrorKind;
-use std::path::Path;
+mod objects;
 
-use anyhow::anyhow;
 use serde::Serialize;
 use vmpatch_patcher::build::{BuildOptions, BuildReport, build};
 use vmpatch_patcher::patch::file::PatchFile;
@@ -12,6 +10,7 @@ use vmpatch_patcher::patch::{Requirement, check};
 use crate::cli::Build;
 use crate::exit::Failure;
 use crate::report::Output;
+use objects::{Objects, Origin};
 
 #[derive(Serialize)]
 struct Answer {
@@ -19,6 +18,8 @@ struct Answer {
     patch: String,
     digest: String,
     file: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compiled: Option<Origin>,
     #[serde(flatten)]
     report: BuildReport,
 }
@@ -29,8 +30,8 @@ pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
         name: name(asked)?,
         requires: requires(asked),
     };
-    let (old, new) = (read(&asked.old)?, read(&asked.new)?);
-    let (patch, report) = build(&old, &new, &options)?;
+    let objects = Objects::of(asked, output)?;
+    let (patch, report) = build(&objects.old, &objects.new, &options)?;
     let file = PatchFile::new(patch)?;
     file.save(&asked.output)?;
     let answer = Answer {
@@ -38,10 +39,15 @@ pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
         patch: options.name,
         digest: file.digest().to_string(),
         file: asked.output.display().to_string(),
+        compiled: objects.origin,
         report,
     };
     output.answer(&answer, |answer| {
-        format!("{}\nwritten to {}", answer.report, answer.file)
+        let origin = answer
+            .compiled
+            .as_ref()
+            .map_or_else(String::new, |origin| format!("{origin}\n"));
+        format!("{origin}{}\nwritten to {}", answer.report, answer.file)
     });
     Ok(())
 }
@@ -72,13 +78,6 @@ fn name(asked: &Build) -> Result<String, Failure> {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    std::fs::read(path).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => Failure::Usage(format!("there is no object {}", path.display())),
-        _ => Failure::Other(anyhow!(error).context(format!("reading {}", path.display()))),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -100,6 +99,29 @@ mod tests {
         assert_eq!(named(&["-o", "dir/fix-1.vmpatch"]).unwrap(), "fix-1");
         let given = named(&["-o", "x.vmpatch", "--name", "fix"]);
         assert_eq!(given.unwrap(), "fix");
+    }
+
+    #[test]
+    fn objects_are_given_or_compiled_and_nothing_by_half() {
+        let parse = |words: &str| {
+            let all = ["vmpatch", "build", "-o", "x.vmpatch"];
+            Cli::try_parse_from(all.into_iter().chain(words.split_whitespace()))
+        };
+        for good in ["--old a --new b", "--source s --config c --diff d"] {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "--old a",
+            "--new b",
+            "--source s --diff d",
+            "--source s --config c",
+            "--config c --diff d",
+            "--old a --new b --source s --config c --diff d",
+            "--old a --new b --diff d",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

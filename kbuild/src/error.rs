@@ -1,0 +1,91 @@
+//! Why no objects were made.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::diff::DiffError;
+
+/// Why no objects were made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The folder is no source of a kernel.
+    #[error("{0} is no kernel source: it has no {1}")]
+    NoSource(PathBuf, &'static str),
+    /// The configuration says nothing of a compiler.
+    #[error(
+        "the configuration names no compiler (CONFIG_CC_VERSION_TEXT): take the one the kernel was built with, \
+         such as /boot/config-RELEASE"
+    )]
+    NoCompilerNamed,
+    /// The kernel was built by something else than gcc.
+    #[error("the kernel was built by {0}: only gcc is known here so far")]
+    OtherCompiler(String),
+    /// The compiler is not installed.
+    #[error("the kernel was built by {wanted}, and {program} is not installed here")]
+    CompilerMissing {
+        /// As the configuration names it.
+        wanted: String,
+        /// The program looked for.
+        program: String,
+    },
+    /// The compiler is another version.
+    #[error(
+        "the kernel was built by {wanted}; {program} here is {found}: another compiler makes other code of the same \
+         source"
+    )]
+    CompilerDiffers {
+        /// As the configuration names it.
+        wanted: String,
+        /// What the program says.
+        found: String,
+        /// The program.
+        program: String,
+    },
+    /// The diff cannot be read, or not be used.
+    #[error("{0}")]
+    Diff(#[from] DiffError),
+    /// The diff does not fit the source.
+    #[error("the diff does not fit the source {source_dir}:\n{said}")]
+    DoesNotApply {
+        /// The source.
+        source_dir: PathBuf,
+        /// What `patch` said.
+        said: String,
+    },
+    /// Something of the kernel's own build failed.
+    #[error("{what} failed:\n{said}")]
+    Failed {
+        /// The command.
+        what: String,
+        /// Its last lines.
+        said: String,
+    },
+    /// A program could not be started.
+    #[error("{program} cannot be started: {why}")]
+    NotStarted {
+        /// The program.
+        program: String,
+        /// Why.
+        why: io::Error,
+    },
+    /// A file or folder of the work tree or the source.
+    #[error("{}: {why}", at.display())]
+    File {
+        /// Which.
+        at: PathBuf,
+        /// Why.
+        why: io::Error,
+    },
+}
+
+/// Tells where it happened.
+pub(crate) trait At<T> {
+    /// At this file or folder.
+    fn at(self, at: impl Into<PathBuf>) -> Result<T, BuildError>;
+}
+
+impl<T> At<T> for io::Result<T> {
+    fn at(self, at: impl Into<PathBuf>) -> Result<T, BuildError> {
+        self.map_err(|why| BuildError::File { at: at.into(), why })
+    }
+}

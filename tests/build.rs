@@ -1,0 +1,130 @@
+//! `vmpatch build` from a source and a diff, by the real source and configuration of a stock kernel.
+#![allow(clippy::unwrap_used, reason = "tests fail by it")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Source, configuration and compiled samples of one kernel, made ready by `cargo xtask test`.
+struct Kernel {
+    source: PathBuf,
+    config: PathBuf,
+    samples: PathBuf,
+    out: tempfile::TempDir,
+}
+
+/// What a call said.
+struct Answer {
+    code: Option<i32>,
+    json: Value,
+}
+
+impl Kernel {
+    fn given() -> Option<Self> {
+        let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let (Some(kernel), Some(samples)) =
+            (variable("VMPATCH_SOURCE"), variable("VMPATCH_SAMPLES"))
+        else {
+            println!("SKIPPED: VMPATCH_SOURCE or VMPATCH_SAMPLES is not set (cargo xtask test)");
+            return None;
+        };
+        Some(Self {
+            source: kernel.join("linux"),
+            config: kernel.join("config"),
+            samples,
+            out: tempfile::tempdir().unwrap(),
+        })
+    }
+
+    fn made(&self) -> PathBuf {
+        self.out.path().join("fix.vmpatch")
+    }
+
+    fn build<A: AsRef<OsStr>>(&self, words: &[A]) -> Answer {
+        let output = Command::new(env!("CARGO_BIN_EXE_vmpatch"))
+            .args(["--json", "build", "--output"])
+            .arg(self.made())
+            .args(words)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        Answer {
+            code: output.status.code(),
+            json: serde_json::from_str(&said).unwrap_or(Value::Null),
+        }
+    }
+
+    fn compile(&self, config: &Path, diff: &Path) -> Answer {
+        let words = [
+            OsStr::new("--source"),
+            self.source.as_ref(),
+            OsStr::new("--config"),
+            config.as_ref(),
+            OsStr::new("--diff"),
+            diff.as_ref(),
+        ];
+        self.build(&words)
+    }
+
+    /// That a diff is refused for a reason with these words, and nothing written.
+    fn refuses(&self, config: &str, diff: &str, words: &[&str]) {
+        let (config_at, diff_at) = (
+            self.out.path().join("config"),
+            self.out.path().join("a.patch"),
+        );
+        fs::write(&config_at, config).unwrap();
+        fs::write(&diff_at, diff).unwrap();
+        let answer = self.compile(&config_at, &diff_at);
+        let reason = answer.json["reason"].as_str().unwrap_or_default();
+        assert_eq!(answer.code, Some(3), "{}", answer.json);
+        assert!(words.iter().all(|word| reason.contains(word)), "{reason}");
+        assert!(!self.made().exists());
+    }
+}
+
+fn patch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("guest-images/patches/{name}.patch"))
+}
+
+/// Also after calls that were refused, which leave the source as it was.
+#[test]
+fn a_diff_gives_the_patch_that_its_objects_give() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let config = fs::read_to_string(&kernel.config).unwrap();
+    let head = "--- a/fs/proc/version.c\n+++ b/fs/proc/version.c\n";
+    let elsewhere = format!("{head}@@ -3,1 +3,2 @@\n no such line\n+int x;\n");
+    kernel.refuses(&config, &elsewhere, &["does not fit the source", "FAILED"]);
+    let nothing = format!(
+        "{head}@@ -1,2 +1,3 @@\n // SPDX-License-Identifier: GPL-2.0\n+\n #include <linux/fs.h>\n"
+    );
+    kernel.refuses(&config, &nothing, &["nothing changed"]);
+    let other = config.replace("gcc-12 (Debian", "gcc-12 (other");
+    kernel.refuses(&other, &nothing, &["gcc-12 (other", "here is"]);
+    for sample in ["proc-version", "loadavg-format"] {
+        let pair = kernel.samples.join(sample);
+        let given = [
+            "--old".into(),
+            pair.join("old.o").into_os_string(),
+            "--new".into(),
+            pair.join("new.o").into_os_string(),
+        ];
+        assert_eq!(kernel.build(&given).code, Some(0));
+        let expected = fs::read(kernel.made()).unwrap();
+        fs::remove_file(kernel.made()).unwrap();
+        let answer = kernel.compile(&kernel.config, &patch(sample));
+        assert_eq!(answer.code, Some(0), "{}", answer.json);
+        assert!(
+            answer.json["compiled"]["file"]
+                .as_str()
+                .unwrap()
+                .starts_with("fs/proc/")
+        );
+        assert!(fs::read(kernel.made()).unwrap() == expected, "{sample}");
+        fs::remove_file(kernel.made()).unwrap();
+    }
+}
