@@ -103,6 +103,19 @@ fn a_diff_gives_the_patch_that_its_objects_give() {
         "{head}@@ -1,2 +1,3 @@\n // SPDX-License-Identifier: GPL-2.0\n+\n #include <linux/fs.h>\n"
     );
     kernel.refuses(&config, &nothing, &["nothing changed"]);
+    // In a large file whose functions tell their lines in warnings and in messages.
+    let moved = "\
+--- a/fs/ext4/super.c
++++ b/fs/ext4/super.c
+@@ -18,4 +18,6 @@
+  */
+ 
++/* Moved. */
++
+ #include <linux/module.h>
+ #include <linux/string.h>
+";
+    kernel.refuses(&config, moved, &["nothing changed"]);
     let other = config.replace("gcc-12 (Debian", "gcc-12 (other");
     kernel.refuses(&other, &nothing, &["gcc-12 (other", "here is"]);
     for sample in ["proc-version", "loadavg-format"] {

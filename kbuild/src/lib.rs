@@ -13,6 +13,7 @@ mod command;
 mod compiler;
 pub mod diff;
 mod error;
+mod lines;
 pub mod shadow;
 pub mod tree;
 

@@ -11,6 +11,7 @@ use crate::command;
 use crate::compiler::Compiler;
 use crate::diff::Diff;
 use crate::error::{At, BuildError};
+use crate::lines;
 use crate::shadow::Shadow;
 
 /// What is added to the kernel's own flags: each function and each datum in a section of its own, so that a change is
@@ -120,7 +121,7 @@ impl Tree {
         self.compile_as_they_stand(files)
     }
 
-    /// Compiles the files that a diff changes, without and with it.
+    /// Compiles the files that a diff changes, without and with it. What the change only moves keeps its line numbers.
     ///
     /// # Errors
     /// [`BuildError`], among others [`BuildError::DoesNotApply`].
@@ -167,13 +168,25 @@ impl Tree {
             "-i",
         ]);
         let output = command::finish(patch.arg(&text).current_dir(self.shadow.root()))?;
-        match output.status.success() {
-            true => Ok(()),
-            false => Err(BuildError::DoesNotApply {
+        if !output.status.success() {
+            return Err(BuildError::DoesNotApply {
                 source_dir: self.source.clone(),
                 said: command::last_words(&output),
-            }),
+            });
         }
+        diff.compiled()
+            .iter()
+            .try_for_each(|file| self.keep_lines(file))
+    }
+
+    /// Gives what stands below the changes of a file of C the numbers of its lines back.
+    fn keep_lines(&self, file: &Path) -> Result<(), BuildError> {
+        if file.extension().is_none_or(|ending| ending != "c") {
+            return Ok(());
+        }
+        let (from, to) = (self.source.join(file), self.shadow.root().join(file));
+        let (old, new) = (fs::read(&from).at(&from)?, fs::read(&to).at(&to)?);
+        fs::write(&to, lines::kept(&old, &new)).at(&to)
     }
 
     fn compile_as_they_stand(&self, files: &[PathBuf]) -> Result<Vec<Compiled>, BuildError> {
