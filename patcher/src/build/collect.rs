@@ -159,6 +159,7 @@ impl<'a> Collector<'a> {
             bytes,
             relocations,
             sites,
+            traps: Vec::new(),
         }
     }
 
@@ -174,8 +175,10 @@ impl<'a> Collector<'a> {
         let calls = |it: &Reference| site::is_call(new, function, it);
         let relocations = site::relocations(&view.references, calls, &mut resolver);
         let sites = site::sites(new, function, &mut resolver);
+        let traps = site::traps(new, function, &mut resolver);
         self.sections[section].relocations = relocations;
         self.sections[section].sites = sites;
+        self.sections[section].traps = traps;
         self.sections[section].align = self.sections[section].align.max(16);
         if self.verdicts[function] == Verdict::New {
             let name = new.function(function).name.clone();

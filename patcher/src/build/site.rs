@@ -7,7 +7,7 @@ use super::reference::{Reference, Target};
 use super::side::Side;
 use super::special::{Entry, Special};
 use crate::object::Kind;
-use crate::patch::{self, Alternative, Fragment, RelocationKind, Site, SiteKind};
+use crate::patch::{self, Alternative, Fragment, RelocationKind, Site, SiteKind, Trap, TrapKind};
 
 /// Turns targets of one side into symbols of the patch.
 pub(super) trait Resolver {
@@ -195,6 +195,30 @@ fn simple(
         Special::Bug { .. } | Special::Exception { .. } | Special::Unknown => None,
         Special::Alternative { .. } => None,
     }
+}
+
+/// All places of a function where the CPU may trap, sorted.
+pub(super) fn traps(side: &Side, function: usize, resolver: &mut impl Resolver) -> Vec<Trap> {
+    let entries = side.entries[function].iter();
+    let made = entries.filter_map(|entry| {
+        let kind = match &entry.special {
+            Special::Bug { file, line, flags } => TrapKind::Bug {
+                file: file.clone(),
+                line: *line,
+                flags: *flags,
+            },
+            Special::Exception { fixup, data } => TrapKind::Fault {
+                fixup: reference(resolver.symbol(fixup, true)?),
+                data: *data,
+            },
+            _ => return None,
+        };
+        Some(Trap {
+            offset: entry.offset,
+            kind,
+        })
+    });
+    made.collect()
 }
 
 fn reference((symbol, addend): (u32, i64)) -> patch::Reference {

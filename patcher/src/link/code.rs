@@ -383,6 +383,7 @@ mod tests {
             bytes: vec![0xe8, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0],
             relocations: vec![relocation(1, 0), relocation(6, 1)],
             sites,
+            traps: Vec::new(),
         };
         Patch {
             name: "p".into(),

@@ -156,6 +156,7 @@ mod tests {
             bytes: bytes.to_vec(),
             relocations: Vec::new(),
             sites: Vec::new(),
+            traps: Vec::new(),
         }
     }
 

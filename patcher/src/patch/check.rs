@@ -146,7 +146,7 @@ fn named(what: &'static str, name: &str, right: bool) -> Result<(), Malformed> {
 }
 
 /// Visible ASCII without spaces: what the names of symbols and sections in kernel objects are made of.
-fn printable(what: &'static str, name: &str) -> Result<(), Malformed> {
+pub(super) fn printable(what: &'static str, name: &str) -> Result<(), Malformed> {
     let length_fits = (1..=MAX_SYMBOL_NAME).contains(&name.len());
     named(
         what,
@@ -211,7 +211,8 @@ fn section(patch: &Patch, section: &Section) -> Result<(), Malformed> {
         side: Side::New,
     };
     place.relocations(&section.relocations)?;
-    place.sites(&section.sites)
+    place.sites(&section.sites)?;
+    place.traps(section.kind, &section.traps)
 }
 
 fn symbol(patch: &Patch, index: usize, symbol: &Symbol) -> Result<(), Malformed> {

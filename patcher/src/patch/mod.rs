@@ -210,6 +210,40 @@ pub struct Section {
     pub relocations: Vec<Relocation>,
     /// Sites of new code that linking must treat.
     pub sites: Vec<Site>,
+    /// Places of new code where the CPU may trap, sorted by offset.
+    pub traps: Vec<Trap>,
+}
+
+/// A place in code where the CPU traps, and what the kernel then looks up in a table of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trap {
+    /// Offset of the instruction from the start of the section.
+    pub offset: u64,
+    /// What is looked up.
+    pub kind: TrapKind,
+}
+
+/// Kinds of traps that are looked up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrapKind {
+    /// `ud2` of a WARN or BUG (`struct bug_entry`, Linux v6.12 include/asm-generic/bug.h).
+    Bug {
+        /// Source file, as the kernel is to print it.
+        file: String,
+        /// Source line.
+        line: u16,
+        /// `BUGFLAG_*`.
+        flags: u16,
+    },
+    /// An access that may fault (`struct exception_table_entry`, Linux v6.12
+    /// arch/x86/include/asm/extable.h).
+    Fault {
+        /// Where execution goes on.
+        fixup: Reference,
+        /// Type of the handler and its parameters.
+        data: u32,
+    },
 }
 
 /// What a section holds, which decides how the arena maps it.

@@ -2,7 +2,7 @@
 
 use super::{
     Alternative, Code, Fragment, Part, Patch, Reference, Relocation, RelocationKind, Replacement,
-    Requirement, Section, SectionKind, Site, SiteKind, Symbol,
+    Requirement, Section, SectionKind, Site, SiteKind, Symbol, Trap, TrapKind,
 };
 
 /// `call __fentry__; lea string, %rdi; jmp __x86_return_thunk`, with one site of each kind.
@@ -69,6 +69,24 @@ fn old_code() -> Code {
     }
 }
 
+/// One of each kind: an access that goes on at the return, and a WARN_ON_ONCE.
+fn traps() -> Vec<Trap> {
+    let fault = TrapKind::Fault {
+        fixup: Reference {
+            symbol: 3,
+            addend: 12,
+        },
+        data: 3,
+    };
+    let bug = TrapKind::Bug {
+        file: "fs/sample.c".to_owned(),
+        line: 42,
+        flags: 0x903,
+    };
+    let trap = |offset, kind| Trap { offset, kind };
+    vec![trap(20, fault), trap(24, bug)]
+}
+
 /// The patch.
 pub(crate) fn patch() -> Patch {
     let guest = |name: &str| Symbol::Guest {
@@ -82,8 +100,11 @@ pub(crate) fn patch() -> Patch {
         bytes,
         relocations: vec![],
         sites: vec![],
+        traps: vec![],
     };
     let mut text = section(".text.sample", SectionKind::Text, old_code().bytes);
+    text.bytes[24..26].copy_from_slice(&[0x0f, 0x0b]);
+    text.traps = traps();
     text.relocations = vec![Relocation {
         offset: 8,
         kind: RelocationKind::Absolute32Signed,

@@ -1,9 +1,13 @@
 //! Whether what refers into bytes is well formed: relocated fields and sites of one piece of code or data.
 
-use super::{ABSENT, Malformed, OUTSIDE, count, index};
+use super::{ABSENT, Malformed, OUTSIDE, count, index, printable};
 use crate::patch::{
-    Alternative, Patch, Reference, Relocation, RelocationKind, Site, SiteKind, Symbol,
+    Alternative, Patch, Reference, Relocation, RelocationKind, SectionKind, Site, SiteKind, Symbol,
+    Trap, TrapKind,
 };
+
+/// The instruction of WARN and BUG (Linux v6.12 arch/x86/include/asm/bug.h, `ASM_UD2`).
+const UD2: [u8; 2] = [0x0f, 0x0b];
 
 /// Which code may name what: old code knows nothing of the patch, new code nothing of the old object.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,6 +51,38 @@ impl Body<'_> {
             self.site(site)?;
         }
         Ok(())
+    }
+
+    /// Every trap in code, at an instruction of its own, after the one before.
+    pub(super) fn traps(&self, kind: SectionKind, traps: &[Trap]) -> Result<(), Malformed> {
+        let mut last = None;
+        for trap in traps {
+            let offset = trap.offset;
+            if kind != SectionKind::Text {
+                return Err(self.offset("trap", offset, "is not in code"));
+            }
+            if last.is_some_and(|last| offset <= last) {
+                return Err(self.offset("trap", offset, "is not after the one before it"));
+            }
+            last = Some(offset);
+            self.end("trap", offset, 1)?;
+            self.trap(trap)?;
+        }
+        Ok(())
+    }
+
+    fn trap(&self, trap: &Trap) -> Result<(), Malformed> {
+        match &trap.kind {
+            TrapKind::Bug { file, .. } => {
+                printable("source file", file)?;
+                let end = self.end("trap", trap.offset, UD2.len() as u64)?;
+                match self.bytes.get(trap.offset as usize..end as usize) {
+                    Some(bytes) if bytes == UD2 => Ok(()),
+                    _ => Err(self.offset("trap", trap.offset, "is no ud2")),
+                }
+            }
+            TrapKind::Fault { fixup, .. } => self.reference(*fixup),
+        }
     }
 
     fn site(&self, site: &Site) -> Result<(), Malformed> {

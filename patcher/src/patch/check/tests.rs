@@ -1,6 +1,6 @@
 use super::super::sample;
 use super::*;
-use crate::patch::{Alternative, Reference, SiteKind};
+use crate::patch::{Alternative, Reference, SiteKind, TrapKind};
 
 /// What is said of the sample after a change.
 fn after(change: impl FnOnce(&mut Patch)) -> String {
@@ -159,6 +159,32 @@ fn impossible_sites_are_refused() {
     );
     assert!(after(|p| alternative(p).code.bytes.push(0)).contains("replacement length"));
     assert!(after(|p| alternative(p).code.bytes.clear()).contains("is outside"));
+}
+
+#[test]
+fn impossible_traps_are_refused() {
+    assert!(after(|p| p.sections[0].traps.swap(0, 1)).contains("not after the one before"));
+    assert!(after(|p| p.sections[0].traps[0].offset = 24).contains("not after the one before"));
+    assert!(after(|p| p.sections[0].traps[1].offset = 25).contains("is no ud2"));
+    for offset in [45, 46, u64::MAX] {
+        let said = after(|p| p.sections[0].traps[1].offset = offset);
+        assert!(said.contains("is outside"), "{said}");
+    }
+    assert!(after(|p| p.sections[0].kind = SectionKind::ReadOnly).contains("is not in code"));
+    let bug = |file: &str| TrapKind::Bug {
+        file: file.to_owned(),
+        line: 1,
+        flags: 1,
+    };
+    for file in ["", "a\x1b[2J", "a b"] {
+        assert!(after(|p| p.sections[0].traps[1].kind = bug(file)).contains("source file"));
+    }
+    for (symbol, problem) in [(77, "symbol 77"), (2, "is old but named by new code")] {
+        let fixup = Reference { symbol, addend: 0 };
+        let kind = TrapKind::Fault { fixup, data: 0 };
+        let said = after(|p| p.sections[0].traps[0].kind = kind);
+        assert!(said.contains(problem), "{said}");
+    }
 }
 
 fn alternative(patch: &mut Patch) -> &mut Alternative {

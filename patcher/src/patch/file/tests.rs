@@ -68,7 +68,10 @@ fn a_newer_format_is_named_even_if_nothing_else_fits() {
     file[8] = 9;
     assert!(matches!(
         decode(&file),
-        Err(PatchFileError::OtherVersion { found: 9, known: 1 })
+        Err(PatchFileError::OtherVersion {
+            found: 9,
+            known: FORMAT_VERSION
+        })
     ));
 }
 
