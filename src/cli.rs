@@ -56,7 +56,7 @@ pub(crate) enum Verb {
     Stop(OneVm),
     /// Look into a guest kernel from outside, without its help.
     Inspect(Inspect),
-    /// Make a patch file from the diff of a fix, or from two objects: before it and after it
+    /// Make a patch file from the diff of a fix, or from two objects: before it and after it.
     Build(Build),
     /// Go through every gate of an apply, and write nothing.
     Check(Change),

@@ -1,4 +1,4 @@
-//! Running the programs that a kernel is built with: their output is kept back, its end shown if they fail.
+//! Running other programs to their end: their output is kept back, its end shown if they fail.
 
 use std::process::{Command, Output, Stdio};
 
@@ -28,8 +28,9 @@ pub(crate) fn succeed(what: &str, command: &mut Command) -> Result<Output, Build
     }
 }
 
-/// The end of all that was said.
-pub(crate) fn last_words(output: &Output) -> String {
+/// The end of all that a program said, which tells why it failed.
+#[must_use]
+pub fn last_words(output: &Output) -> String {
     let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.push_str(&String::from_utf8_lossy(&output.stderr));
     let lines: Vec<&str> = text.lines().collect();

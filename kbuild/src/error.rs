@@ -52,6 +52,19 @@ pub enum BuildError {
         /// What `patch` said.
         said: String,
     },
+    /// The kernel's header of static branches has no jump of a known form.
+    #[error("{0} has no jump as it is known here: static branches of new code cannot be made wide")]
+    NoBranches(PathBuf),
+    /// A static branch did not become wide.
+    #[error(
+        "{file}: the static branch at {place} is not one of five bytes, though it was asked for"
+    )]
+    NotWide {
+        /// The file.
+        file: String,
+        /// Where in its object.
+        place: String,
+    },
     /// Something of the kernel's own build failed.
     #[error("{what} failed:\n{said}")]
     Failed {

@@ -9,13 +9,15 @@
 //!
 //! The source itself is never written to: a tree of links stands before it ([`shadow`]).
 
-mod command;
+pub mod cache;
+pub mod command;
 mod compiler;
 pub mod diff;
 mod error;
 mod lines;
 pub mod shadow;
 pub mod tree;
+mod wide;
 
 pub use diff::Diff;
 pub use error::BuildError;

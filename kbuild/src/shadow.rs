@@ -1,8 +1,12 @@
 //! A tree of links that stands before a source: files can be changed in it while the source stays as it is. What is
-//! not changed is a link to a whole folder, so that making one takes no longer for a large source.
+//! not changed is a link to a whole folder, so that making one takes no longer for a large source. Which files are changed
+//! is written down before they are, so that whoever comes after a run that was killed can take it back.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -23,10 +27,13 @@ const BUILT: [&str; 5] = [
 pub struct Shadow {
     source: PathBuf,
     root: PathBuf,
+    /// Lists what is changed, a path a line, as long as something is.
+    changed: PathBuf,
 }
 
 impl Shadow {
-    /// Links everything of `source` into the new or empty folder `root`, or goes on with one made before.
+    /// Links everything of `source` into the new or empty folder `root`, or goes on with one made before. What is changed
+    /// in it is written down beside it, in `root` with `.changed` behind its name.
     ///
     /// # Errors
     /// [`BuildError::File`].
@@ -34,12 +41,14 @@ impl Shadow {
         let shadow = Self {
             source: source.to_owned(),
             root: root.to_owned(),
+            changed: root.with_added_extension("changed"),
         };
         shadow.own_folder(Path::new(""))?;
         for built in BUILT {
             let parent = Path::new(built).parent().unwrap_or(Path::new(""));
             shadow.own_folder(parent)?;
         }
+        shadow.restore()?;
         Ok(shadow)
     }
 
@@ -49,18 +58,89 @@ impl Shadow {
         &self.root
     }
 
-    /// Makes a file of the source one that can be changed: a copy, as it is in the source now.
+    /// Where a file lies in the source.
+    #[must_use]
+    pub fn original(&self, file: &Path) -> PathBuf {
+        self.source.join(file)
+    }
+
+    /// Makes files of the source such that can be changed: copies, as they are in the source now. [`Self::restore`] takes
+    /// back what is then done to them.
     ///
     /// # Errors
     /// [`BuildError::File`], also where the source has no such file.
-    pub fn own(&self, file: &Path) -> Result<(), BuildError> {
+    pub fn change(&self, files: &[PathBuf]) -> Result<(), BuildError> {
+        self.note(files).at(&self.changed)?;
+        files.iter().try_for_each(|file| self.own(file))
+    }
+
+    /// Writes another text in place of a file's until [`Self::restore`], with the file's own time: what was made of it
+    /// before is not made anew for it, nor what was made of this text once the file is back.
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn stand_in(&self, file: &Path, text: &str) -> Result<(), BuildError> {
+        self.change(&[file.to_owned()])?;
+        let (from, to) = (self.source.join(file), self.root.join(file));
+        fs::write(&to, text).at(&to)?;
+        same_time(&from, &to)
+    }
+
+    /// Puts back a file that [`Self::stand_in`] replaced.
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn stand_back(&self, file: &Path) -> Result<(), BuildError> {
+        self.own(file)?;
+        same_time(&self.source.join(file), &self.root.join(file))
+    }
+
+    /// Makes every changed file again what it is in the source, also those that another run changed.
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn restore(&self) -> Result<(), BuildError> {
+        let list = match fs::read(&self.changed) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            list => list.at(&self.changed)?,
+        };
+        for line in list.split(|byte| *byte == b'\n') {
+            let file = Path::new(OsStr::from_bytes(line));
+            match self.source.join(file).is_file() {
+                true => self.own(file)?,
+                // The source may have lost it since.
+                false => self.drop_file(file)?,
+            }
+        }
+        fs::remove_file(&self.changed).at(&self.changed)
+    }
+
+    /// Adds to the list of what is changed, on the disk before anything is.
+    fn note(&self, files: &[PathBuf]) -> io::Result<()> {
+        let mut options = fs::OpenOptions::new();
+        let mut list = options.create(true).append(true).open(&self.changed)?;
+        for file in files {
+            list.write_all(file.as_os_str().as_bytes())?;
+            list.write_all(b"\n")?;
+        }
+        list.sync_all()
+    }
+
+    /// Makes a file a copy of the source's.
+    fn own(&self, file: &Path) -> Result<(), BuildError> {
         self.own_folder(file.parent().unwrap_or(Path::new("")))?;
         let (from, to) = (self.source.join(file), self.root.join(file));
         let text = fs::read(&from).at(&from)?;
-        if fs::symlink_metadata(&to).is_ok() {
-            fs::remove_file(&to).at(&to)?;
-        }
+        self.drop_file(file)?;
         fs::write(&to, text).at(&to)
+    }
+
+    fn drop_file(&self, file: &Path) -> Result<(), BuildError> {
+        let at = self.root.join(file);
+        match fs::symlink_metadata(&at) {
+            Ok(what) if !what.is_dir() => fs::remove_file(&at).at(&at),
+            _ => Ok(()),
+        }
     }
 
     /// Makes a folder, and those on the way to it, real ones with links in them.
@@ -95,6 +175,13 @@ impl Shadow {
     }
 }
 
+/// Gives one file the time of another's last change.
+fn same_time(from: &Path, to: &Path) -> Result<(), BuildError> {
+    let time = fs::metadata(from).and_then(|it| it.modified()).at(from)?;
+    let file = fs::OpenOptions::new().write(true).open(to);
+    file.and_then(|file| file.set_modified(time)).at(to)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,18 +214,51 @@ mod tests {
         let (_folder, source, root) = source();
         let shadow = Shadow::before(&source, &root).unwrap();
         let file = Path::new("fs/proc/a.c");
-        shadow.own(file).unwrap();
+        shadow.change(&[file.to_owned()]).unwrap();
         fs::write(root.join(file), "changed").unwrap();
         assert_eq!(read(&source, "fs/proc/a.c").as_deref(), Some("as it was"));
         for other in ["Makefile", "fs/b.c", "include/linux/a.h"] {
             assert_eq!(read(&root, other).as_deref(), Some("as it was"), "{other}");
         }
-        // Also by another run, later.
-        let shadow = Shadow::before(&source, &root).unwrap();
-        assert_eq!(read(&root, "fs/proc/a.c").as_deref(), Some("changed"));
-        shadow.own(file).unwrap();
+        shadow.restore().unwrap();
         assert_eq!(read(&root, "fs/proc/a.c").as_deref(), Some("as it was"));
-        assert!(shadow.own(Path::new("fs/none.c")).is_err());
+        assert!(shadow.change(&["fs/none.c".into()]).is_err());
+    }
+
+    #[test]
+    fn what_a_killed_run_left_changed_is_taken_back_by_the_next() {
+        let (_folder, source, root) = source();
+        let files = ["fs/proc/a.c", "include/linux/a.h"].map(PathBuf::from);
+        let killed = Shadow::before(&source, &root).unwrap();
+        killed.change(&files).unwrap();
+        for file in &files {
+            fs::write(root.join(file), "changed").unwrap();
+        }
+        killed.stand_in(Path::new("fs/b.c"), "another").unwrap();
+        drop(killed);
+        // The source may have gone on too.
+        fs::remove_file(source.join("fs/b.c")).unwrap();
+        fs::write(source.join("fs/proc/a.c"), "newer").unwrap();
+        Shadow::before(&source, &root).unwrap();
+        assert_eq!(read(&root, "fs/proc/a.c").as_deref(), Some("newer"));
+        let header = read(&root, "include/linux/a.h");
+        assert_eq!(header.as_deref(), Some("as it was"));
+        assert_eq!(read(&root, "fs/b.c"), None);
+    }
+
+    #[test]
+    fn what_stands_in_for_a_file_has_its_time() {
+        let (_folder, source, root) = source();
+        let shadow = Shadow::before(&source, &root).unwrap();
+        let file = Path::new("fs/b.c");
+        let time = |root: &Path| fs::metadata(root.join(file)).unwrap().modified().unwrap();
+        let original = time(&source);
+        shadow.stand_in(file, "another").unwrap();
+        assert_eq!(read(&root, "fs/b.c").as_deref(), Some("another"));
+        assert_eq!(time(&root), original);
+        shadow.stand_back(file).unwrap();
+        assert_eq!(read(&root, "fs/b.c").as_deref(), Some("as it was"));
+        assert_eq!(time(&root), original);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A source made ready to compile single files of it, with a configuration and the compiler it names. Kept in the
 //! cache: making it ready takes a minute, compiling one file then seconds.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,6 +14,7 @@ use crate::diff::Diff;
 use crate::error::{At, BuildError};
 use crate::lines;
 use crate::shadow::Shadow;
+use crate::wide;
 
 /// What is added to the kernel's own flags: each function and each datum in a section of its own, so that a change is
 /// seen where it is.
@@ -41,6 +43,12 @@ pub struct Compiled {
     pub module: Option<String>,
 }
 
+/// What became of one file with the change.
+struct Changed {
+    object: Vec<u8>,
+    wide: Option<Vec<u8>>,
+}
+
 /// One file before and after the fix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pair {
@@ -50,6 +58,9 @@ pub struct Pair {
     pub old: Vec<u8>,
     /// After.
     pub new: Vec<u8>,
+    /// After, compiled such that each static branch takes five bytes and nothing else differs; `None` where there is none.
+    /// The guest has the short ones, so old and new are compared without it; it is what new code is taken from.
+    pub wide: Option<Vec<u8>>,
     /// The module that it is linked into; `None` for vmlinux.
     pub module: Option<String>,
 }
@@ -114,10 +125,6 @@ impl Tree {
     /// # Errors
     /// [`BuildError`].
     pub fn compile(&self, files: &[PathBuf]) -> Result<Vec<Compiled>, BuildError> {
-        for file in files {
-            // An earlier run that was interrupted may have left it changed.
-            self.shadow.own(file)?;
-        }
         self.compile_as_they_stand(files)
     }
 
@@ -129,31 +136,67 @@ impl Tree {
         let files = diff.compiled();
         step("compiling without the change");
         let old = self.compile(files)?;
-        step("compiling with the change");
-        let new = self
-            .apply(diff)
-            .and_then(|()| self.compile_as_they_stand(files));
-        let restored: Result<(), _> = files.iter().try_for_each(|file| self.shadow.own(file));
-        let new = new?;
-        restored?;
-        let sides = files.iter().zip(old.into_iter().zip(new));
-        let pairs = sides.map(|(file, (old, new))| Pair {
+        let new = self.compile_changed(diff, step);
+        self.shadow.restore()?;
+        let sides = files.iter().zip(old).zip(new?);
+        let pairs = sides.map(|((file, old), new)| Pair {
             file: file.clone(),
             old: old.object,
             new: new.object,
+            wide: new.wide,
             module: old.module,
         });
         Ok(pairs.collect())
     }
 
+    /// The objects of the changed source, each with the one whose static branches are wide.
+    fn compile_changed(
+        &self,
+        diff: &Diff,
+        step: &dyn Fn(&str),
+    ) -> Result<Vec<Changed>, BuildError> {
+        step("compiling with the change");
+        self.apply(diff)?;
+        let files = diff.compiled();
+        let new = self.compile_as_they_stand(files)?;
+        let branching = files.iter().zip(&new);
+        let branching = branching.filter(|(_, new)| wide::has_branches(&new.object));
+        let branching: Vec<_> = branching.map(|(file, _)| file.clone()).collect();
+        step("compiling with wide static branches");
+        let mut made = self.compile_wide(&branching)?;
+        let changed = files.iter().zip(new).map(|(file, new)| Changed {
+            object: new.object,
+            wide: made.remove(file),
+        });
+        Ok(changed.collect())
+    }
+
+    /// Compiles files as they stand, but for the header of static branches.
+    fn compile_wide(&self, files: &[PathBuf]) -> Result<HashMap<PathBuf, Vec<u8>>, BuildError> {
+        if files.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let header = Path::new(wide::HEADER);
+        let at = self.shadow.root().join(header);
+        let text = fs::read_to_string(&at).at(&at)?;
+        let text = wide::header(&text).ok_or_else(|| BuildError::NoBranches(header.to_owned()))?;
+        self.shadow.stand_in(header, &text)?;
+        let made = self.compile_as_they_stand(files);
+        self.shadow.stand_back(header)?;
+        let objects = made?.into_iter().map(|made| made.object);
+        let made: HashMap<_, _> = files.iter().cloned().zip(objects).collect();
+        for (file, object) in &made {
+            wide::check(&file.display().to_string(), object)?;
+        }
+        Ok(made)
+    }
+
     /// Applies the diff to the shadow, whose files of it are the shadow's own.
     fn apply(&self, diff: &Diff) -> Result<(), BuildError> {
-        for ignored in diff.ignored() {
-            // The source may come without its documentation; `patch` would want it.
-            if self.source.join(ignored).exists() {
-                self.shadow.own(ignored)?;
-            }
-        }
+        let files = diff.compiled().iter().chain(diff.ignored());
+        // The source may come without its documentation; `patch` would want it.
+        let files = files.filter(|file| self.shadow.original(file).is_file());
+        self.shadow.change(&files.cloned().collect::<Vec<_>>())?;
         let text = self.out.join("fix.patch");
         fs::write(&text, diff.text()).at(&text)?;
         let mut patch = Command::new("patch");

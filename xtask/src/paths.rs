@@ -17,9 +17,5 @@ pub(crate) fn guest_images() -> PathBuf {
 
 /// `$VMPATCH_CACHE`, by default `~/.cache/vmpatch`: kernels and all that is made once. Survives the clone.
 pub(crate) fn cache() -> Result<PathBuf> {
-    if let Some(dir) = std::env::var_os("VMPATCH_CACHE") {
-        return std::path::absolute(dir).context("VMPATCH_CACHE is not a usable path");
-    }
-    let home = std::env::var_os("HOME").context("neither VMPATCH_CACHE nor HOME is set")?;
-    Ok(PathBuf::from(home).join(".cache/vmpatch"))
+    vmpatch_kbuild::cache::dir().context("there is no cache")
 }

@@ -5,9 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
-
-/// How many lines of a failed program's output are shown.
-const LAST_WORDS: usize = 25;
+use vmpatch_kbuild::command::last_words;
 
 /// Runs to the end, output kept back; fails with its last lines.
 pub(crate) fn quiet(command: &mut Command) -> Result<Output> {
@@ -16,13 +14,11 @@ pub(crate) fn quiet(command: &mut Command) -> Result<Output> {
         .output()
         .with_context(|| format!("cannot start {}", name(command)))?;
     if !output.status.success() {
-        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
-        text.push_str(&String::from_utf8_lossy(&output.stderr));
         bail!(
             "{} failed ({}):\n{}",
             name(command),
             output.status,
-            tail(&text)
+            last_words(&output)
         );
     }
     Ok(output)
@@ -71,11 +67,6 @@ fn name(command: &Command) -> String {
     let mut words = vec![command.get_program()];
     words.extend(command.get_args().take(3));
     words.join(OsStr::new(" ")).to_string_lossy().into_owned()
-}
-
-fn tail(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(LAST_WORDS)..].join("\n")
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use serde::Serialize;
 use vmpatch_kbuild::{Diff, Pair, Tree};
 
@@ -94,17 +94,8 @@ fn only(pairs: Vec<Pair>) -> Result<Pair, Failure> {
     }
 }
 
-/// `$VMPATCH_CACHE`, by default `~/.cache/vmpatch`.
 fn cache() -> Result<PathBuf, Failure> {
-    if let Some(dir) = std::env::var_os("VMPATCH_CACHE") {
-        return Ok(std::path::absolute(dir).context("VMPATCH_CACHE is no path")?);
-    }
-    let home = std::env::var_os("HOME").ok_or_else(|| {
-        Failure::Usage(
-            "neither VMPATCH_CACHE nor HOME says where compiled files may be kept".to_owned(),
-        )
-    })?;
-    Ok(PathBuf::from(home).join(".cache/vmpatch"))
+    vmpatch_kbuild::cache::dir().map_err(|error| Failure::Usage(error.to_string()))
 }
 
 fn read(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {

@@ -1,0 +1,94 @@
+//! The work tree over the real source and configuration of a stock kernel.
+#![allow(clippy::unwrap_used, reason = "tests fail by it")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use object::{Object, ObjectSection, SectionKind};
+use vmpatch_kbuild::{Diff, Tree};
+
+/// Source and configuration, made ready by `cargo xtask test`, and where work trees may be kept.
+struct Kernel {
+    source: PathBuf,
+    config: String,
+    cache: PathBuf,
+}
+
+impl Kernel {
+    fn given() -> Option<Self> {
+        let Some(kernel) = std::env::var_os("VMPATCH_SOURCE").map(PathBuf::from) else {
+            println!("SKIPPED: VMPATCH_SOURCE is not set (cargo xtask test)");
+            return None;
+        };
+        Some(Self {
+            source: kernel.join("linux"),
+            config: fs::read_to_string(kernel.join("config")).unwrap(),
+            cache: vmpatch_kbuild::cache::dir().unwrap(),
+        })
+    }
+
+    fn tree(&self) -> Tree {
+        Tree::ready(&self.source, &self.config, &self.cache, &|_| {}).unwrap()
+    }
+}
+
+fn patch(name: &str) -> Diff {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/patches");
+    Diff::parse(&fs::read(folder.join(name)).unwrap()).unwrap()
+}
+
+/// Sizes of what is neither code nor about the debugger.
+fn data(object: &[u8]) -> BTreeMap<String, u64> {
+    let file = object::File::parse(object).unwrap();
+    let kinds = [
+        SectionKind::Data,
+        SectionKind::ReadOnlyData,
+        SectionKind::ReadOnlyString,
+    ];
+    file.sections()
+        .filter(|section| kinds.contains(&section.kind()))
+        .map(|section| (section.name().unwrap().to_owned(), section.size()))
+        .collect()
+}
+
+/// The code of each function's section.
+fn code(object: &[u8]) -> BTreeMap<String, Vec<u8>> {
+    let file = object::File::parse(object).unwrap();
+    file.sections()
+        .filter(|section| section.kind() == SectionKind::Text)
+        .map(|section| {
+            (
+                section.name().unwrap().to_owned(),
+                section.data().unwrap().to_vec(),
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn wide_branches_change_nothing_else() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let tree = kernel.tree();
+    let pairs = tree
+        .compile_both(&patch("dev-valid-name.patch"), &|_| {})
+        .unwrap();
+    let wide = pairs[0].wide.as_ref().unwrap();
+    assert_eq!(data(wide), data(&pairs[0].new));
+    let (short, wide) = (code(&pairs[0].new), code(wide));
+    assert!(short.keys().eq(wide.keys()));
+    let same = short
+        .iter()
+        .filter(|(name, code)| wide[*name] == **code)
+        .count();
+    // Most functions have no static branch; those that have some are longer.
+    assert!(
+        same > short.len() / 2 && same < short.len(),
+        "{same} of {}",
+        short.len()
+    );
+    let again = tree.compile(&["net/core/dev.c".into()]).unwrap();
+    assert!(again[0].object == pairs[0].old);
+}
