@@ -120,7 +120,12 @@ fn fit(
 ) -> Result<(Verified, Ledger), Failure> {
     let ledger = Ledger::open(&live.journal(), live.vm(), live.boot())?;
     ledger.admit(&parsed.patch().name, &parsed.digest().to_string())?;
-    let guest = Guest::new(&live.kernel, live.vm());
+    // The symbols of all modules are only read where some are to be changed.
+    let modules = match parsed.patch().modules().is_empty() {
+        true => Vec::new(),
+        false => live.modules()?,
+    };
+    let guest = Guest::new(&live.kernel, live.vm()).with_modules(&modules);
     let arena = Arena::open(&live.kernel, live.vm(), live.arena()?)?;
     let plan = Plan::link(parsed, &guest, &arena)?;
     watch.boundary(Boundary::Linked);

@@ -276,14 +276,14 @@ fn what_is_no_object_is_told_from_what_is_one() {
     let good = compile(SHOW);
     let error = build_objects(b"#!/bin/sh", &good).unwrap_err().to_string();
     assert!(
-        error.starts_with("old object: not a readable ELF file"),
+        error.starts_with("old object of drivers/test.c: not a readable ELF file"),
         "{error}"
     );
     let mut program = good.clone();
     program[16] = 2;
     let error = build_objects(&good, &program).unwrap_err().to_string();
     assert!(
-        error.starts_with("new object: not a relocatable"),
+        error.starts_with("new object of drivers/test.c: not a relocatable"),
         "{error}"
     );
 }
@@ -299,12 +299,24 @@ fn damaged_objects_end_in_an_error_or_a_patch_never_in_a_panic() {
         for value in [0x00, 0x7f, 0xff] {
             let mut damaged = good.clone();
             damaged[at] = value;
-            let options = vmpatch_patcher::build::BuildOptions {
-                name: "test".to_owned(),
-                ..Default::default()
-            };
-            let _ = vmpatch_patcher::build::build(&damaged, &new, &options);
-            let _ = vmpatch_patcher::build::build(&new, &damaged, &options);
+            let _ = build_objects(&damaged, &new);
+            let _ = build_objects(&new, &damaged);
         }
     }
+}
+
+#[test]
+fn a_clone_that_is_numbered_otherwise_is_the_same_clone() {
+    let source = |asm: &str| {
+        format!(
+            "static noinline int helper(int n) __asm__(\"{asm}\"); \
+             static noinline int helper(int n) {{ return printk(\"n\", n) + 1; }} \
+             int show(int n) {{ return helper(n); }}"
+        )
+    };
+    let report = nothing(&source("helper.isra.0"), &source("helper.isra.1"));
+    assert_eq!(report.unchanged, 2);
+    let changed = source("helper.isra.1").replace("+ 1", "+ 2");
+    let (patch, _) = patch(&source("helper.isra.0"), &changed);
+    assert_eq!(replaced(&patch), ["helper.isra.0"]);
 }

@@ -243,7 +243,7 @@ fn a_patch_for_another_kernel_or_function_is_refused() {
             verified(guest, &absent),
             Err(LinkError::Locate(LocateError::Absent { .. }))
         ));
-        let module = changed(sample, |patch| patch.requires.object = "loop".into());
+        let module = changed(sample, |patch| patch.units[0].object = "loop".into());
         assert!(matches!(
             verified(guest, &module),
             Err(LinkError::Module { .. })

@@ -95,7 +95,7 @@ fn compare(guest: &Guest, path: &Path) -> (usize, usize) {
     let facts = view.facts().unwrap();
     let (functions, symbols) = build::functions(&std::fs::read(path).unwrap()).unwrap();
     assert!(!functions.is_empty(), "{} is empty", path.display());
-    let names = Names::look_up(&symbols, &view);
+    let names = Names::look_up(&symbols, &[], &view);
     let matcher = Matcher {
         live: &view,
         facts: &facts,
@@ -104,6 +104,8 @@ fn compare(guest: &Guest, path: &Path) -> (usize, usize) {
     let (mut found, mut entered) = (0, 0);
     for function in &functions {
         let wanted = Wanted {
+            unit: 0,
+            object: "vmlinux",
             name: &function.name,
             sympos: None,
             code: &function.code,

@@ -2,18 +2,17 @@
 //! not. Owns the walk from what must be brought to what that refers to; what a reference is to, something of the
 //! guest or something brought along, is [`resolve`](super::resolve)'s.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::compare::Verdict;
-use super::key::Names;
-use super::pair::Pairs;
 use super::policy;
 use super::reference::{Reference, references_in_code};
-use super::report::{Brought, BuildReport, Refused};
+use super::report::{Brought, FileReport, Refused};
 use super::resolve::NewResolver;
 use super::side::Side;
 use super::site;
 use super::table::SymbolTable;
+use super::unit::Unit;
 use crate::object::SectionId;
 use crate::patch::{Section, SectionKind};
 
@@ -39,169 +38,235 @@ pub(super) enum Thing {
 
 /// The patch in the making.
 pub(super) struct Collector<'a> {
-    pub(super) old: &'a Side,
-    pub(super) new: &'a Side,
-    pub(super) pairs: &'a Pairs,
-    pub(super) names: &'a Names,
-    pub(super) verdicts: &'a [Verdict],
+    pub(super) units: &'a [Unit],
     pub(super) symbols: SymbolTable,
     pub(super) sections: Vec<Section>,
-    pub(super) report: BuildReport,
-    placed: BTreeMap<Thing, u32>,
-    queue: VecDeque<Thing>,
+    /// One for each unit.
+    pub(super) reports: Vec<FileReport>,
+    /// What one file newly defines for all.
+    exports: HashMap<&'a str, (usize, Thing)>,
+    placed: BTreeMap<(usize, Thing), u32>,
+    queue: VecDeque<(usize, Thing)>,
 }
 
 impl<'a> Collector<'a> {
     /// An empty one.
-    pub(super) fn new(
-        (old, new): (&'a Side, &'a Side),
-        (pairs, names): (&'a Pairs, &'a Names),
-        verdicts: &'a [Verdict],
-        report: BuildReport,
-    ) -> Self {
+    pub(super) fn new(units: &'a [Unit], reports: Vec<FileReport>) -> Self {
+        let all = units.iter().enumerate();
         Self {
-            old,
-            new,
-            pairs,
-            names,
-            verdicts,
+            units,
             symbols: SymbolTable::default(),
             sections: Vec::new(),
-            report,
+            reports,
+            exports: all.flat_map(|(at, unit)| exports(at, unit)).collect(),
             placed: BTreeMap::new(),
             queue: VecDeque::new(),
         }
     }
 
-    /// The section of the patch that a thing has or will have.
-    pub(super) fn bring(&mut self, thing: Thing) -> u32 {
-        if let Some(section) = self.placed.get(&thing) {
+    /// The section of the patch that a thing of a file has or will have.
+    pub(super) fn bring(&mut self, unit: usize, thing: Thing) -> u32 {
+        if let Some(section) = self.placed.get(&(unit, thing)) {
             return *section;
         }
         let section = self.sections.len() as u32;
-        self.sections.push(self.shell(thing));
-        self.placed.insert(thing, section);
-        self.queue.push_back(thing);
+        self.sections.push(shell(&self.units[unit].new, thing));
+        self.placed.insert((unit, thing), section);
+        self.queue.push_back((unit, thing));
         section
+    }
+
+    /// What a file of the patch newly defines for all under a name.
+    pub(super) fn exported(&self, name: &str) -> Option<(usize, Thing)> {
+        self.exports.get(name).copied()
     }
 
     /// Fills in everything that was asked for, and what that asks for.
     pub(super) fn finish(&mut self) {
-        while let Some(thing) = self.queue.pop_front() {
-            let section = self.placed[&thing] as usize;
+        while let Some((unit, thing)) = self.queue.pop_front() {
+            let section = self.placed[&(unit, thing)] as usize;
+            self.symbols.enter(unit);
+            let mut filler = Filler {
+                unit: &self.units[unit],
+                at: unit,
+                collector: self,
+            };
             match thing {
-                Thing::Function(function) => self.fill_function(section, function),
-                Thing::Auxiliary(..) => self.fill_auxiliary(section, thing),
-                _ => self.fill_data(section, thing),
+                Thing::Function(function) => filler.function(section, function),
+                Thing::Auxiliary(..) => filler.auxiliary(section, thing),
+                _ => filler.data(section, thing),
             }
         }
     }
 
-    /// Whether a function is brought along.
-    pub(super) fn has_function(&self, function: usize) -> bool {
-        self.placed.contains_key(&Thing::Function(function))
+    /// Whether a function of a file is brought along.
+    pub(super) fn has_function(&self, unit: usize, function: usize) -> bool {
+        self.placed.contains_key(&(unit, Thing::Function(function)))
     }
+}
 
-    /// Section, start and end of a thing in the new object.
-    fn extent(&self, thing: Thing) -> (SectionId, u64, u64) {
-        match thing {
-            Thing::Function(function) => {
-                let it = self.new.function(function);
-                (it.section, it.start, it.end)
-            }
-            Thing::Variable(variable) => {
-                let it = self.new.variable(variable);
-                (it.section, it.start, it.start.saturating_add(it.size))
-            }
-            Thing::Text(section, offset) => {
-                let len = self.new.text(section, offset).len() as u64;
-                (section, offset, offset.saturating_add(len))
-            }
-            Thing::Constant(section, start) => {
-                let size = self.new.object.section(section).entry_size;
-                (section, start, start.saturating_add(size))
-            }
-            Thing::Whole(section) => (section, 0, self.new.object.section(section).size),
-            Thing::Auxiliary(section, start, end) => (section, start, end),
+/// The new functions and variables of a file that other files may name.
+fn exports(at: usize, unit: &Unit) -> impl Iterator<Item = (&str, (usize, Thing))> {
+    let inventory = &unit.new.inventory;
+    let functions = inventory.functions.iter().enumerate();
+    let functions = functions
+        .filter(|(index, it)| it.global && unit.verdicts[*index] == Verdict::New)
+        .map(move |(index, it)| (it.name.as_str(), (at, Thing::Function(index))));
+    let variables = inventory.variables.iter().enumerate();
+    let variables = variables
+        .filter(|(index, it)| it.global && unit.pairs.old_of(*index).is_none())
+        .map(move |(index, it)| (it.name.as_str(), (at, Thing::Variable(index))));
+    functions.chain(variables)
+}
+
+/// Section, start and end of a thing in its object.
+fn extent(new: &Side, thing: Thing) -> (SectionId, u64, u64) {
+    match thing {
+        Thing::Function(function) => {
+            let it = new.function(function);
+            (it.section, it.start, it.end)
+        }
+        Thing::Variable(variable) => {
+            let it = new.variable(variable);
+            (it.section, it.start, it.start.saturating_add(it.size))
+        }
+        Thing::Text(section, offset) => {
+            let len = new.text(section, offset).len() as u64;
+            (section, offset, offset.saturating_add(len))
+        }
+        Thing::Constant(section, start) => {
+            let size = new.object.section(section).entry_size;
+            (section, start, start.saturating_add(size))
+        }
+        Thing::Whole(section) => (section, 0, new.object.section(section).size),
+        Thing::Auxiliary(section, start, end) => (section, start, end),
+    }
+}
+
+/// The section of the patch for a thing, without relocations and sites.
+fn shell(new: &Side, thing: Thing) -> Section {
+    let (id, start, end) = extent(new, thing);
+    let home = new.object.section(id);
+    let kind = match (home.flags.exec, home.flags.write) {
+        (true, _) => SectionKind::Text,
+        (_, true) => SectionKind::Data,
+        _ => SectionKind::ReadOnly,
+    };
+    let size = end.saturating_sub(start).min(MAX_VARIABLE_BYTES);
+    let bytes = match home.flags.zeroes {
+        true => vec![0; size as usize],
+        false => home.range(start, end).unwrap_or_default().to_vec(),
+    };
+    // What stands on a multiple of its alignment in the object stands on one in the arena.
+    let align = match thing {
+        Thing::Text(..) => 1,
+        _ => {
+            1 << home
+                .align
+                .trailing_zeros()
+                .min(start.trailing_zeros())
+                .min(12)
+        }
+    };
+    let (name, relocations, sites) = (home.name.clone(), Vec::new(), Vec::new());
+    Section {
+        name,
+        kind,
+        align,
+        bytes,
+        relocations,
+        sites,
+        traps: Vec::new(),
+    }
+}
+
+/// What a thing is called in messages and symbols.
+pub(super) fn name_of(new: &Side, thing: Thing) -> String {
+    match thing {
+        Thing::Function(function) => new.function(function).name.clone(),
+        Thing::Variable(variable) => new.variable(variable).name.clone(),
+        Thing::Text(section, offset) => {
+            let bytes = new.text(section, offset);
+            let text = String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes));
+            format!("{:?}", text.chars().take(60).collect::<String>())
+        }
+        Thing::Constant(section, offset) => {
+            format!("{}+{offset:#x}", new.object.section(section).name)
+        }
+        Thing::Whole(section) | Thing::Auxiliary(section, ..) => {
+            new.object.section(section).name.clone()
+        }
+    }
+}
+
+fn kind_of(new: &Side, thing: Thing) -> &'static str {
+    let (id, ..) = extent(new, thing);
+    match (thing, new.object.section(id).flags.write) {
+        (Thing::Function(_), _) => "function",
+        (Thing::Text(..), _) => "string",
+        (Thing::Auxiliary(..), _) => "code",
+        (_, true) => "variable",
+        (_, false) => "constant",
+    }
+}
+
+/// Fills in one section, of one file.
+struct Filler<'c, 'a> {
+    unit: &'a Unit,
+    at: usize,
+    collector: &'c mut Collector<'a>,
+}
+
+impl<'a> Filler<'_, 'a> {
+    fn resolver(&mut self, function: Option<usize>) -> NewResolver<'_, 'a> {
+        NewResolver {
+            unit: self.unit,
+            at: self.at,
+            collector: self.collector,
+            function,
         }
     }
 
-    /// The section of the patch for a thing, without relocations and sites.
-    fn shell(&self, thing: Thing) -> Section {
-        let (id, start, end) = self.extent(thing);
-        let home = self.new.object.section(id);
-        let kind = match (home.flags.exec, home.flags.write) {
-            (true, _) => SectionKind::Text,
-            (_, true) => SectionKind::Data,
-            _ => SectionKind::ReadOnly,
-        };
-        let size = end.saturating_sub(start).min(MAX_VARIABLE_BYTES);
-        let bytes = match home.flags.zeroes {
-            true => vec![0; size as usize],
-            false => home.range(start, end).unwrap_or_default().to_vec(),
-        };
-        // What stands on a multiple of its alignment in the object stands on one in the arena.
-        let align = match thing {
-            Thing::Text(..) => 1,
-            _ => {
-                1 << home
-                    .align
-                    .trailing_zeros()
-                    .min(start.trailing_zeros())
-                    .min(12)
-            }
-        };
-        let (name, relocations, sites) = (home.name.clone(), Vec::new(), Vec::new());
-        Section {
-            name,
-            kind,
-            align,
-            bytes,
-            relocations,
-            sites,
-            traps: Vec::new(),
-        }
+    fn report(&mut self) -> &mut FileReport {
+        &mut self.collector.reports[self.at]
     }
 
-    fn fill_function(&mut self, section: usize, function: usize) {
+    fn section(&mut self, index: usize) -> &mut Section {
+        &mut self.collector.sections[index]
+    }
+
+    fn function(&mut self, section: usize, function: usize) {
         self.refuse_unfit(function);
-        let new = self.new;
+        let new = &self.unit.new;
         let view = &new.code[function];
-        let mut resolver = NewResolver {
-            collector: self,
-            function: Some(function),
-        };
+        let mut resolver = self.resolver(Some(function));
         resolver.refuse_unknown_kinds(&view.references);
         let calls = |it: &Reference| site::is_call(new, function, it);
         let relocations = site::relocations(&view.references, calls, &mut resolver);
         let sites = site::sites(new, function, &mut resolver);
         let traps = site::traps(new, function, &mut resolver);
-        self.sections[section].relocations = relocations;
-        self.sections[section].sites = sites;
-        self.sections[section].traps = traps;
-        self.sections[section].align = self.sections[section].align.max(16);
-        if self.verdicts[function] == Verdict::New {
+        let filled = self.section(section);
+        filled.relocations = relocations;
+        filled.sites = sites;
+        filled.traps = traps;
+        filled.align = filled.align.max(16);
+        let bytes = filled.bytes.len() as u64;
+        if self.unit.verdicts[function] == Verdict::New {
             let name = new.function(function).name.clone();
-            let bytes = self.sections[section].bytes.len() as u64;
-            self.report.new.push(Brought {
-                name,
-                kind: "function",
-                bytes,
-            });
+            let kind = "function";
+            self.report().new.push(Brought { name, kind, bytes });
         }
     }
 
     /// What cannot be done with this function whatever it refers to.
     fn refuse_unfit(&mut self, function: usize) {
-        let (new, old) = (self.new, self.old);
+        let (new, old) = (&self.unit.new, &self.unit.old);
         let it = new.function(function);
         if let Err(reason) = policy::code(&new.home_of(function).name) {
             self.refuse(function, None, reason);
         }
-        let before = old
-            .inventory
-            .function_named(&it.name)
-            .map(|at| &old.code[at]);
+        let before = self.unit.pairs.old_function_of(function);
+        let before = before.map(|at| &old.code[at]);
         for view in before.into_iter().chain([&new.code[function]]) {
             if let Some(at) = view.instructions.undecodable_at {
                 self.refuse(function, Some(at), "bytes that are no known instruction");
@@ -210,7 +275,7 @@ impl<'a> Collector<'a> {
                 self.refuse(function, Some(at), "a short jump leads out of the function");
             }
         }
-        if self.new.function_bytes(function).is_empty() {
+        if new.function_bytes(function).is_empty() {
             self.refuse(function, None, "its size is not given");
         }
         for entry in &new.entries[function] {
@@ -221,7 +286,7 @@ impl<'a> Collector<'a> {
             };
             let section = new.object.section(entry.table).name.clone();
             let (name, offset) = (it.name.clone(), Some(entry.offset));
-            self.report.refused.push(Refused {
+            self.report().refused.push(Refused {
                 name,
                 section,
                 offset,
@@ -231,9 +296,10 @@ impl<'a> Collector<'a> {
     }
 
     fn refuse(&mut self, function: usize, offset: Option<u64>, reason: &str) {
-        let name = self.new.function(function).name.clone();
-        let section = self.new.home_of(function).name.clone();
-        self.report.refused.push(Refused {
+        let new = &self.unit.new;
+        let name = new.function(function).name.clone();
+        let section = new.home_of(function).name.clone();
+        self.report().refused.push(Refused {
             name,
             section,
             offset,
@@ -241,72 +307,39 @@ impl<'a> Collector<'a> {
         });
     }
 
-    fn fill_auxiliary(&mut self, section: usize, thing: Thing) {
-        let (id, start, end) = self.extent(thing);
-        let references =
-            references_in_code(&self.new.object, &self.new.inventory, id, (start, end));
-        let mut resolver = NewResolver {
-            collector: self,
-            function: None,
-        };
+    fn auxiliary(&mut self, section: usize, thing: Thing) {
+        let new = &self.unit.new;
+        let (id, start, end) = extent(new, thing);
+        let references = references_in_code(&new.object, &new.inventory, id, (start, end));
+        let mut resolver = self.resolver(None);
         resolver.refuse_unknown_kinds(&references);
         let relocations = site::relocations(&references, |_| true, &mut resolver);
-        self.sections[section].relocations = relocations;
+        self.section(section).relocations = relocations;
     }
 
-    fn fill_data(&mut self, section: usize, thing: Thing) {
-        let (id, start, end) = self.extent(thing);
-        let home = self.new.object.section(id);
+    fn data(&mut self, section: usize, thing: Thing) {
+        let new = &self.unit.new;
+        let (id, start, end) = extent(new, thing);
+        let home = new.object.section(id);
+        let name = name_of(new, thing);
         if end.saturating_sub(start) > MAX_VARIABLE_BYTES || home.align > 4096 {
-            let (name, section) = (self.name_of(thing), home.name.clone());
+            let (name, section) = (name.clone(), home.name.clone());
             let reason = "too large or too aligned for the arena".to_owned();
-            self.report.refused.push(Refused {
+            self.report().refused.push(Refused {
                 name,
                 section,
                 offset: None,
                 reason,
             });
         }
-        let references = self.new.data_references(id, start, end);
-        let mut resolver = NewResolver {
-            collector: self,
-            function: None,
-        };
+        let references = new.data_references(id, start, end);
+        let mut resolver = self.resolver(None);
         resolver.refuse_unknown_kinds(&references);
         let relocations = site::relocations(&references, |_| false, &mut resolver);
-        self.sections[section].relocations = relocations;
-        let (name, kind) = (self.name_of(thing), self.kind_of(thing));
-        let bytes = self.sections[section].bytes.len() as u64;
-        self.report.new.push(Brought { name, kind, bytes });
-    }
-
-    fn kind_of(&self, thing: Thing) -> &'static str {
-        let (id, ..) = self.extent(thing);
-        match (thing, self.new.object.section(id).flags.write) {
-            (Thing::Function(_), _) => "function",
-            (Thing::Text(..), _) => "string",
-            (Thing::Auxiliary(..), _) => "code",
-            (_, true) => "variable",
-            (_, false) => "constant",
-        }
-    }
-
-    /// What a thing is called in messages and symbols.
-    pub(super) fn name_of(&self, thing: Thing) -> String {
-        match thing {
-            Thing::Function(function) => self.new.function(function).name.clone(),
-            Thing::Variable(variable) => self.new.variable(variable).name.clone(),
-            Thing::Text(section, offset) => {
-                let bytes = self.new.text(section, offset);
-                let text = String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes));
-                format!("{:?}", text.chars().take(60).collect::<String>())
-            }
-            Thing::Constant(section, offset) => {
-                format!("{}+{offset:#x}", self.new.object.section(section).name)
-            }
-            Thing::Whole(section) | Thing::Auxiliary(section, ..) => {
-                self.new.object.section(section).name.clone()
-            }
-        }
+        let filled = self.section(section);
+        filled.relocations = relocations;
+        let bytes = filled.bytes.len() as u64;
+        let kind = kind_of(new, thing);
+        self.report().new.push(Brought { name, kind, bytes });
     }
 }

@@ -2,6 +2,7 @@
 
 use super::instructions::Instruction;
 use super::key::{self, Content, Key, Names};
+use super::pair::Pairs;
 use super::reference::Target;
 use super::side::Side;
 use super::special::{Entry, Special};
@@ -21,20 +22,13 @@ pub(super) enum Verdict {
 
 /// Verdicts of the new object's functions, in its order. A function and the parts split off from it share
 /// the verdict, because they are one.
-pub(super) fn verdicts(old: &Side, new: &Side, new_names: &Names) -> Vec<Verdict> {
+pub(super) fn verdicts(old: &Side, new: &Side, pairs: &Pairs, new_names: &Names) -> Vec<Verdict> {
     let old_names = Names::default();
-    let mut verdicts: Vec<_> = new
-        .inventory
-        .functions
-        .iter()
-        .enumerate()
-        .map(
-            |(index, function)| match old.inventory.function_named(&function.name) {
-                Some(before) => compare((old, &old_names, before), (new, new_names, index)),
-                None => Verdict::New,
-            },
-        )
-        .collect();
+    let verdict = |index| match pairs.old_function_of(index) {
+        Some(before) => compare((old, &old_names, before), (new, new_names, index)),
+        None => Verdict::New,
+    };
+    let mut verdicts: Vec<_> = (0..new.inventory.functions.len()).map(verdict).collect();
     for index in 0..verdicts.len() {
         let Some(parent) = new.function(index).parent else {
             continue;
@@ -43,7 +37,7 @@ pub(super) fn verdicts(old: &Side, new: &Side, new_names: &Names) -> Vec<Verdict
             verdicts[parent] = Verdict::Changed(PART);
         }
     }
-    for parent in losers_of_parts(old, new) {
+    for parent in losers_of_parts(old, pairs) {
         if is_as_before(verdicts[parent]) {
             verdicts[parent] = Verdict::Changed(PART);
         }
@@ -59,11 +53,11 @@ fn is_as_before(verdict: Verdict) -> bool {
 }
 
 /// Functions of the new object of which only the old one has a part.
-fn losers_of_parts(old: &Side, new: &Side) -> Vec<usize> {
-    let lost = old.inventory.functions.iter().filter_map(|part| {
-        let parent = &old.function(part.parent?).name;
-        let is_lost = new.inventory.function_named(&part.name).is_none();
-        new.inventory.function_named(parent).filter(|_| is_lost)
+fn losers_of_parts(old: &Side, pairs: &Pairs) -> Vec<usize> {
+    let functions = old.inventory.functions.iter().enumerate();
+    let lost = functions.filter_map(|(index, part)| {
+        let is_lost = pairs.new_function_of(index).is_none();
+        pairs.new_function_of(part.parent?).filter(|_| is_lost)
     });
     lost.collect()
 }

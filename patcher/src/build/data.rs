@@ -7,12 +7,12 @@ use std::collections::BTreeSet;
 use super::key::{self, Content, Names, is_numbered_constant};
 use super::pair::Pairs;
 use super::policy;
-use super::report::{BuildReport, Ignored, Refused};
+use super::report::{FileReport, Ignored, Refused};
 use super::side::Side;
 use crate::object::{Section, SectionId};
 
 /// Records every difference in data.
-pub(super) fn compare(old: &Side, new: &Side, pairs: &Pairs, report: &mut BuildReport) {
+pub(super) fn compare(old: &Side, new: &Side, pairs: &Pairs, report: &mut FileReport) {
     let names = pairs.names(old);
     let comparison = Comparison {
         old,
@@ -34,7 +34,7 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
-    fn pairs(&self, report: &mut BuildReport) {
+    fn pairs(&self, report: &mut FileReport) {
         let mut pairs: Vec<_> = self.pairs.iter().collect();
         pairs.sort_unstable();
         for (ours, theirs) in pairs {
@@ -65,7 +65,7 @@ impl Comparison<'_> {
     }
 
     /// Variables that only the old object has.
-    fn gone(&self, report: &mut BuildReport) {
+    fn gone(&self, report: &mut FileReport) {
         let kept: BTreeSet<usize> = self.pairs.iter().map(|(_, old)| old).collect();
         for (index, variable) in self.old.inventory.variables.iter().enumerate() {
             let section = &self.old.object.section(variable.section).name;
@@ -82,7 +82,7 @@ impl Comparison<'_> {
     }
 
     /// Variables that only the new object has, in sections whose entries act by being there.
-    fn come(&self, report: &mut BuildReport) {
+    fn come(&self, report: &mut FileReport) {
         for (index, variable) in self.new.inventory.variables.iter().enumerate() {
             let section = self.new.object.section(variable.section);
             let known = self.pairs.old_of(index).is_some() || self.pairs.is_uncertain(index);
@@ -99,7 +99,7 @@ impl Comparison<'_> {
     }
 
     /// Sections without variables that are not pools: compared as a whole, by name.
-    fn unnamed(&self, report: &mut BuildReport) {
+    fn unnamed(&self, report: &mut FileReport) {
         let names: BTreeSet<&str> = [self.old, self.new]
             .iter()
             .flat_map(|side| side.object.sections_with_ids().map(move |it| (side, it)))
@@ -131,7 +131,7 @@ fn content(side: &Side, names: &Names, variable: usize) -> Content {
     )
 }
 
-fn record(report: &mut BuildReport, name: &str, section: &str, reason: &str) {
+fn record(report: &mut FileReport, name: &str, section: &str, reason: &str) {
     if let Some(harmless) = policy::ignored_data(section) {
         let what = if name.is_empty() { section } else { name };
         let (what, reason) = (what.to_owned(), harmless.to_owned());

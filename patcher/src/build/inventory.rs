@@ -16,6 +16,8 @@ pub(super) struct Function {
     pub(super) start: u64,
     /// Offset of its end.
     pub(super) end: u64,
+    /// Other files may name it.
+    pub(super) global: bool,
     /// The function it was split off from.
     pub(super) parent: Option<usize>,
 }
@@ -31,6 +33,8 @@ pub(super) struct Variable {
     pub(super) start: u64,
     /// Size in bytes; 0 is possible (an empty structure).
     pub(super) size: u64,
+    /// Other files may name it.
+    pub(super) global: bool,
 }
 
 /// Functions and variables of one object; indices into the two lists are what everything else holds.
@@ -102,6 +106,7 @@ impl Inventory {
             section,
             start,
             end,
+            global: is_global(symbols),
             parent: None,
         });
     }
@@ -131,6 +136,7 @@ impl Inventory {
             section,
             start,
             size,
+            global: is_global(symbols),
         });
     }
 
@@ -195,6 +201,10 @@ impl Inventory {
     }
 }
 
+fn is_global(symbols: &[(SymbolId, &Symbol)]) -> bool {
+    symbols.iter().any(|(_, it)| it.global)
+}
+
 fn representative(symbols: &[(SymbolId, &Symbol)]) -> String {
     let globals = symbols
         .iter()
@@ -211,6 +221,23 @@ pub(super) fn cold_parent(name: &str) -> Option<&str> {
     let (parent, rest) = name.rsplit_once(".cold")?;
     let numbered = rest.strip_prefix('.').is_some_and(is_digits);
     (rest.is_empty() || numbered).then_some(parent)
+}
+
+/// The name of a clone without its numbers, if it is one: `f.isra` for `f.isra.0`, `f.part.cold` for `f.part.3.cold`
+/// (gcc counts the clones of each function).
+pub(super) fn clone_base(name: &str) -> Option<String> {
+    let mut parts = name.split('.');
+    let mut base = parts.next()?.to_owned();
+    let mut is_clone = false;
+    for part in parts {
+        if is_digits(part) {
+            is_clone = true;
+        } else {
+            base.push('.');
+            base.push_str(part);
+        }
+    }
+    is_clone.then_some(base)
 }
 
 /// The name without the number that the compiler or a macro adds to tell equal ones apart: `v` for `v.12`
@@ -240,6 +267,16 @@ mod tests {
         assert_eq!(cold_parent("f.cold.12"), Some("f"));
         assert_eq!(cold_parent("f.colder"), None);
         assert_eq!(cold_parent("cold"), None);
+    }
+
+    #[test]
+    fn clones_of_one_function_have_one_base() {
+        assert_eq!(clone_base("f.isra.0").as_deref(), Some("f.isra"));
+        assert_eq!(clone_base("f.part.3.cold").as_deref(), Some("f.part.cold"));
+        let twice = clone_base("f.constprop.1.isra.0");
+        assert_eq!(twice.as_deref(), Some("f.constprop.isra"));
+        assert_eq!(clone_base("f"), None);
+        assert_eq!(clone_base("f.cold"), None);
     }
 
     #[test]

@@ -42,11 +42,13 @@ pub(super) struct Field {
     pub(super) key: Key,
 }
 
-/// The names by which one side's variables are known to both.
+/// The names by which one side's functions and variables are known to both.
 #[derive(Debug, Default)]
 pub(super) struct Names {
+    /// For the new side: its functions to the old side's names. Empty on the old side.
+    pub(super) functions: HashMap<usize, String>,
     /// For the new side: its variables to the old side's names. `None`: the side is the old one itself.
-    pub(super) paired: Option<HashMap<usize, String>>,
+    pub(super) variables: Option<HashMap<usize, String>>,
 }
 
 /// Whether a variable is compared by content: read-only, and its name has a number that changes.
@@ -63,7 +65,10 @@ pub(super) fn key(side: &Side, names: &Names, target: &Target) -> Key {
 fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
     match *target {
         Target::Outside { distance, .. } => Key::Named(side.name_of(target), distance),
-        Target::Function { distance, .. } => Key::Named(side.name_of(target), distance),
+        Target::Function { function, distance } => {
+            let paired = names.functions.get(&function).cloned();
+            Key::Named(paired.unwrap_or_else(|| side.name_of(target)), distance)
+        }
         Target::Variable { variable, distance } if is_numbered_constant(side, variable) => {
             let it = side.variable(variable);
             let end = it.start.saturating_add(it.size);
@@ -109,7 +114,7 @@ fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
 
 fn variable_key(side: &Side, names: &Names, variable: usize, distance: i64) -> Key {
     let own = || side.variable(variable).name.clone();
-    match &names.paired {
+    match &names.variables {
         None => Key::Named(own(), distance),
         Some(paired) => match paired.get(&variable) {
             Some(name) => Key::Named(name.clone(), distance),

@@ -1,11 +1,11 @@
-//! From two objects to a patch: the differ. The old object is what the guest was built from, the new one what
+//! From pairs of objects to a patch: the differ. The old object of a file is what the guest was built from, the new one what
 //! it should have been built from, both compiled with `-ffunction-sections -fdata-sections`. Owns the order
 //! of the steps; each step has its own file, in the order they are listed here.
 //!
 //! ```text
-//! bytes ─ object::read ─ Side ──┐ inventory, instructions, reference, special
-//! bytes ─ object::read ─ Side ──┤
-//!                               ├─ pair ─ compare, data ─ collect, resolve, old ─ Patch + BuildReport
+//! a file: bytes ─ object::read ─ Side ──┐ inventory, instructions, reference, special
+//!         bytes ─ object::read ─ Side ──┴─ pair ─ compare, data ─ Unit ──┐
+//! another file: …                                                 Unit ──┴─ collect, resolve, old ─ Patch + BuildReport
 //! ```
 
 mod collect;
@@ -24,36 +24,83 @@ mod side;
 mod site;
 mod special;
 mod table;
+mod unit;
+
+use std::fmt;
 
 pub use old::OldFunction;
-pub use report::{Brought, BuildReport, Ignored, Refused, Replaced};
+pub use report::{Brought, BuildReport, FileReport, Ignored, Refused, Replaced};
 
 use collect::{Collector, Thing};
 use compare::Verdict;
 use side::Side;
+use table::SymbolTable;
+use unit::Unit;
 
 use crate::object::{self, ObjectError};
 use crate::patch::check::{self, Malformed};
 use crate::patch::{Patch, Replacement, Requirement, Symbol};
+
+/// One file in the versions that a patch is made from.
+#[derive(Clone, Copy, Debug)]
+pub struct ObjectPair<'a> {
+    /// The file, for messages.
+    pub file: &'a str,
+    /// What it is linked into: `vmlinux` or a module's name.
+    pub object: &'a str,
+    /// As the guest was built.
+    pub old: &'a [u8],
+    /// As it should have been built.
+    pub new: &'a [u8],
+    /// The new version with every static-key branch as long as a jump of five bytes, from which new code is taken; without
+    /// it, from `new`.
+    pub wide: Option<&'a [u8]>,
+}
 
 /// What a build is to make besides what the objects say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BuildOptions {
     /// Name of the patch.
     pub name: String,
-    /// What the guest must be; the patched object is `vmlinux` if empty.
+    /// What the guest must be.
     pub requires: Requirement,
+}
+
+/// The versions of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// [`ObjectPair::old`].
+    Old,
+    /// [`ObjectPair::new`].
+    New,
+    /// [`ObjectPair::wide`].
+    Wide,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Old => "old",
+            Self::New => "new",
+            Self::Wide => "wide",
+        })
+    }
 }
 
 /// Why there is no patch.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// The old object cannot be read.
-    #[error("old object: {0}")]
-    Old(#[source] ObjectError),
-    /// The new object cannot be read.
-    #[error("new object: {0}")]
-    New(#[source] ObjectError),
+    /// An object cannot be read.
+    #[error("{version} object of {file}: {why}")]
+    Object {
+        /// The file.
+        file: String,
+        /// Which of its versions.
+        version: Version,
+        /// Why not.
+        #[source]
+        why: ObjectError,
+    },
     /// A table of an object has another layout than any kernel known.
     #[error("section {section} has an unknown layout at {offset:#x}")]
     Table {
@@ -63,7 +110,7 @@ pub enum BuildError {
         offset: u64,
     },
     /// The objects do the same.
-    #[error("nothing changed: {} functions are the same in both objects", .0.unchanged)]
+    #[error("nothing changed: {} functions are the same in both objects", .0.unchanged())]
     NothingChanged(Box<BuildReport>),
     /// Something differs that cannot be patched.
     #[error("{}", refusals(.0))]
@@ -74,34 +121,28 @@ pub enum BuildError {
 }
 
 fn refusals(report: &BuildReport) -> String {
-    let lines: Vec<_> = report.refused.iter().map(ToString::to_string).collect();
+    let lines: Vec<_> = report.refused().collect();
     format!(
         "the difference cannot be patched:\n  {}",
         lines.join("\n  ")
     )
 }
 
-/// Compares two objects and makes a patch of the difference.
+/// Compares the objects of all files and makes one patch of the difference.
 ///
 /// # Errors
 /// Unreadable objects, no difference, or one that cannot be patched: [`BuildError::Refused`] then holds
 /// every reason found.
 pub fn build(
-    old: &[u8],
-    new: &[u8],
+    pairs: &[ObjectPair<'_>],
     options: &BuildOptions,
 ) -> Result<(Patch, BuildReport), BuildError> {
     check::patch_name(&options.name)?;
-    let old = Side::of(object::read(old).map_err(BuildError::Old)?)?;
-    let new = Side::of(object::read(new).map_err(BuildError::New)?)?;
-    let pairs = pair::pair(&old, &new);
-    let names = pairs.names(&old);
-    let verdicts = compare::verdicts(&old, &new, &names);
-    let mut report = BuildReport::default();
-    data::compare(&old, &new, &pairs, &mut report);
-    list_functions(&old, &new, &verdicts, &mut report);
-    let collector = Collector::new((&old, &new), (&pairs, &names), &verdicts, report);
-    let (patch, report) = assemble(collector, options);
+    let units = pairs.iter().map(Unit::of).collect::<Result<Vec<_>, _>>()?;
+    let (units, reports): (Vec<_>, Vec<_>) = units.into_iter().unzip();
+    let collector = Collector::new(&units, reports);
+    let (mut patch, report) = assemble(collector, options);
+    patch.units = pairs.iter().map(unit::record).collect();
     conclude(patch, report)
 }
 
@@ -110,105 +151,81 @@ pub fn build(
 /// # Errors
 /// An unreadable object.
 pub fn functions(object: &[u8]) -> Result<(Vec<OldFunction>, Vec<Symbol>), BuildError> {
-    let side = Side::of(object::read(object).map_err(BuildError::Old)?)?;
-    let mut symbols = table::SymbolTable::default();
+    let object = object::read(object).map_err(|why| BuildError::Object {
+        file: "the kernel".to_owned(),
+        version: Version::Old,
+        why,
+    })?;
+    let side = Side::of(object)?;
+    let mut symbols = SymbolTable::default();
     let functions = old::functions(&side, &mut symbols);
     Ok((functions, symbols.finish()))
 }
 
-/// Records what became of every function that is not brought.
-fn list_functions(old: &Side, new: &Side, verdicts: &[Verdict], report: &mut BuildReport) {
-    let mut ignore = |what: &str, reason: &str| {
-        let (what, reason) = (what.to_owned(), reason.to_owned());
-        report.ignored.push(Ignored { what, reason });
+fn assemble(mut collector: Collector<'_>, options: &BuildOptions) -> (Patch, BuildReport) {
+    let mut replaced = Vec::new();
+    for at in 0..collector.units.len() {
+        replaced.extend(replacements(&mut collector, at));
+    }
+    collector.finish();
+    list_unreached(&mut collector);
+    let patch = Patch {
+        name: options.name.clone(),
+        requires: options.requires.clone(),
+        units: Vec::new(),
+        replaced,
+        sections: collector.sections,
+        symbols: collector.symbols.finish(),
     };
-    for function in &old.inventory.functions {
-        if new.inventory.function_named(&function.name).is_none() {
-            ignore(
-                &function.name,
-                "only the old object has it; the guest keeps it",
-            );
-        }
-    }
-    for (function, verdict) in new.inventory.functions.iter().zip(verdicts) {
-        if *verdict == Verdict::LinesOnly {
-            ignore(
-                &function.name,
-                "only line numbers of its WARN or BUG differ",
-            );
-        }
-    }
-    report.unchanged = verdicts.iter().filter(|it| **it == Verdict::Same).count();
+    let files = collector.reports;
+    (patch, BuildReport { files })
 }
 
-fn assemble(mut collector: Collector<'_>, options: &BuildOptions) -> (Patch, BuildReport) {
-    let (old, new) = (collector.old, collector.new);
+/// The functions of one file that are replaced; their new bodies are asked for.
+fn replacements(collector: &mut Collector<'_>, at: usize) -> Vec<Replacement> {
+    let unit = &collector.units[at];
     let mut replaced = Vec::new();
-    for (index, verdict) in collector.verdicts.iter().enumerate() {
-        let function = new.function(index);
-        let (Verdict::Changed(difference), None) = (verdict, function.parent) else {
-            continue;
-        };
-        let Some(before) = old.inventory.function_named(&function.name) else {
-            continue;
-        };
-        let new_section = collector.bring(Thing::Function(index));
-        collector.report.replaced.push(Replaced {
+    for (function, before, difference) in unit.replacements() {
+        let (old, new) = (&unit.old, &unit.new);
+        let new_section = collector.bring(at, Thing::Function(function));
+        collector.reports[at].replaced.push(Replaced {
             function: old.function(before).name.clone(),
-            difference: (*difference).to_owned(),
+            difference: difference.to_owned(),
             old_bytes: old.function_bytes(before).len() as u64,
-            new_bytes: new.function_bytes(index).len() as u64,
+            new_bytes: new.function_bytes(function).len() as u64,
         });
+        let symbols = &mut collector.symbols;
+        symbols.enter(at);
         replaced.push(Replacement {
+            unit: at as u32,
             name: old.function(before).name.clone(),
             sympos: None,
-            old: old::code(old, &mut collector.symbols, before),
-            old_parts: old::parts(old, &mut collector.symbols, before),
+            old: old::code(old, symbols, before),
+            old_parts: old::parts(old, symbols, before),
             new_section,
             new_offset: 0,
         });
     }
-    collector.finish();
-    list_unreached(&mut collector);
-    let requires = requirement(&options.requires);
-    let (sections, symbols) = (collector.sections, collector.symbols.finish());
-    let patch = Patch {
-        name: options.name.clone(),
-        requires,
-        replaced,
-        sections,
-        symbols,
-    };
-    (patch, collector.report)
+    replaced
 }
 
 /// New functions that nothing in the patch refers to.
 fn list_unreached(collector: &mut Collector<'_>) {
-    for (index, function) in collector.new.inventory.functions.iter().enumerate() {
-        if collector.verdicts[index] == Verdict::New && !collector.has_function(index) {
-            let reason = "new, but nothing in the patch refers to it".to_owned();
-            collector.report.ignored.push(Ignored {
-                what: function.name.clone(),
-                reason,
-            });
+    for (at, unit) in collector.units.iter().enumerate() {
+        for (index, function) in unit.new.inventory.functions.iter().enumerate() {
+            if unit.verdicts[index] == Verdict::New && !collector.has_function(at, index) {
+                let reason = "new, but nothing in the patch refers to it".to_owned();
+                collector.reports[at].ignored.push(Ignored {
+                    what: function.name.clone(),
+                    reason,
+                });
+            }
         }
     }
 }
 
-fn requirement(given: &Requirement) -> Requirement {
-    let object = if given.object.is_empty() {
-        "vmlinux"
-    } else {
-        &given.object
-    };
-    Requirement {
-        object: object.to_owned(),
-        ..given.clone()
-    }
-}
-
 fn conclude(patch: Patch, report: BuildReport) -> Result<(Patch, BuildReport), BuildError> {
-    if !report.refused.is_empty() {
+    if report.refused().next().is_some() {
         return Err(BuildError::Refused(Box::new(report)));
     }
     if report.is_empty() {

@@ -1,10 +1,10 @@
-//! Which variable of the new object is which of the old one. Most are by name; static variables of functions
-//! have a number in their name that changes with the source around them (`seen.3` becomes `seen.4`). Owns
-//! that pairing, and saying where it is not certain: state must never be duplicated by mistake.
+//! Which function and which variable of the new object is which of the old one. Most are by name; static variables of
+//! functions and clones of functions have a number in their name that changes with the source around them (`seen.3`
+//! becomes `seen.4`). Owns that pairing, and saying where it is not certain: state must never be duplicated by mistake.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::inventory::numbered_base;
+use super::inventory::{Function, clone_base, numbered_base};
 use super::key::{Names, is_numbered_constant};
 use super::reference::Target;
 use super::side::Side;
@@ -12,6 +12,10 @@ use super::side::Side;
 /// The pairs found.
 #[derive(Debug, Default)]
 pub(super) struct Pairs {
+    /// New function to old one.
+    old_function_of: HashMap<usize, usize>,
+    /// Old function to new one.
+    new_function_of: HashMap<usize, usize>,
     /// New variable to old one.
     old_of: HashMap<usize, usize>,
     taken: HashSet<usize>,
@@ -20,6 +24,34 @@ pub(super) struct Pairs {
 }
 
 impl Pairs {
+    /// The old function that a new one is.
+    pub(super) fn old_function_of(&self, new: usize) -> Option<usize> {
+        self.old_function_of.get(&new).copied()
+    }
+
+    /// The new function that an old one is.
+    pub(super) fn new_function_of(&self, old: usize) -> Option<usize> {
+        self.new_function_of.get(&old).copied()
+    }
+
+    /// All functions that both objects have, new and old, in the order of the new object.
+    pub(super) fn functions(&self) -> Vec<(usize, usize)> {
+        let mut functions: Vec<_> = self
+            .old_function_of
+            .iter()
+            .map(|(new, old)| (*new, *old))
+            .collect();
+        functions.sort_unstable();
+        functions
+    }
+
+    fn add_function(&mut self, new: usize, old: usize) {
+        if !self.old_function_of.contains_key(&new) && !self.new_function_of.contains_key(&old) {
+            self.old_function_of.insert(new, old);
+            self.new_function_of.insert(old, new);
+        }
+    }
+
     /// The old variable a new one is.
     pub(super) fn old_of(&self, new: usize) -> Option<usize> {
         self.old_of.get(&new).copied()
@@ -35,11 +67,13 @@ impl Pairs {
         self.old_of.iter().map(|(new, old)| (*new, *old))
     }
 
-    /// The names of the new side's variables on the old side.
+    /// The names of the new side's functions and variables on the old side.
     pub(super) fn names(&self, old: &Side) -> Names {
-        let named = |(new, it)| (new, old.variable(it).name.clone());
+        let variable = |(new, it)| (new, old.variable(it).name.clone());
+        let function = |(new, it)| (new, old.function(it).name.clone());
         Names {
-            paired: Some(self.iter().map(named).collect()),
+            functions: self.functions().into_iter().map(function).collect(),
+            variables: Some(self.iter().map(variable).collect()),
         }
     }
 
@@ -52,9 +86,11 @@ impl Pairs {
     }
 }
 
-/// Pairs the variables of two objects.
+/// Pairs the functions and variables of two objects.
 pub(super) fn pair(old: &Side, new: &Side) -> Pairs {
     let mut pairs = Pairs::default();
+    functions_by_name(old, new, &mut pairs);
+    renumbered_clones(old, new, &mut pairs);
     by_name(old, new, &mut pairs);
     by_position_in_equal_code(old, new, &mut pairs);
     by_order_of_use(old, new, &mut pairs);
@@ -73,17 +109,42 @@ fn by_name(old: &Side, new: &Side, pairs: &mut Pairs) {
     }
 }
 
-/// Functions of both objects, new and old.
-pub(super) fn common_functions(old: &Side, new: &Side) -> Vec<(usize, usize)> {
-    let functions = new.inventory.functions.iter().enumerate();
-    functions
-        .filter_map(|(index, it)| Some((index, old.inventory.function_named(&it.name)?)))
-        .collect()
+fn functions_by_name(old: &Side, new: &Side, pairs: &mut Pairs) {
+    for (index, function) in new.inventory.functions.iter().enumerate() {
+        if let Some(found) = old.inventory.function_named(&function.name) {
+            pairs.add_function(index, found);
+        }
+    }
+}
+
+/// Clones that only one side has by their name: those of one function and kind, if each side has as many left.
+fn renumbered_clones(old: &Side, new: &Side, pairs: &mut Pairs) {
+    let before = clones(old, |it| pairs.new_function_of(it).is_none());
+    let after = clones(new, |it| pairs.old_function_of(it).is_none());
+    for (base, ours) in after {
+        let theirs = before
+            .get(&base)
+            .filter(|theirs| theirs.len() == ours.len());
+        for (ours, theirs) in ours.into_iter().zip(theirs.into_iter().flatten()) {
+            pairs.add_function(ours, *theirs);
+        }
+    }
+}
+
+fn clones(side: &Side, wanted: impl Fn(usize) -> bool) -> BTreeMap<String, Vec<usize>> {
+    let mut clones = BTreeMap::<_, Vec<_>>::new();
+    let base = |function: &Function| clone_base(&function.name);
+    for (index, function) in side.inventory.functions.iter().enumerate() {
+        if let Some(base) = base(function).filter(|_| wanted(index)) {
+            clones.entry(base).or_default().push(index);
+        }
+    }
+    clones
 }
 
 /// Where the code is the same but for its fields, fields at the same offset refer to the same thing.
 fn by_position_in_equal_code(old: &Side, new: &Side, pairs: &mut Pairs) {
-    for (new_function, old_function) in common_functions(old, new) {
+    for (new_function, old_function) in pairs.functions() {
         let shape = |side: &Side, function: usize| -> Vec<_> {
             side.code[function]
                 .references
@@ -125,7 +186,7 @@ fn alike(old: &Side, theirs: usize, new: &Side, ours: usize) -> bool {
 /// In functions of the same name: variables of the same base name and size, in the order of their first
 /// use, if there are as many of them.
 fn by_order_of_use(old: &Side, new: &Side, pairs: &mut Pairs) {
-    for (new_function, old_function) in common_functions(old, new) {
+    for (new_function, old_function) in pairs.functions() {
         let before = uses(old, old_function, |it| !pairs.taken.contains(&it));
         let after = uses(new, new_function, |it| pairs.old_of(it).is_none());
         for (kind, ours) in after {

@@ -4,9 +4,22 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// The outcome of comparing two objects. Nothing that differs is missing from it.
+use super::ObjectPair;
+
+/// The outcome of comparing the objects of all files.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct BuildReport {
+    /// One for each file, in the order they were given.
+    pub files: Vec<FileReport>,
+}
+
+/// The outcome of comparing the two objects of a file. Nothing that differs is missing from it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FileReport {
+    /// The file.
+    pub file: String,
+    /// What it is linked into: `vmlinux` or a module's name.
+    pub object: String,
     /// Functions whose new body replaces the old one.
     pub replaced: Vec<Replaced>,
     /// What the patch brings that the old object has not.
@@ -65,28 +78,21 @@ pub struct Refused {
     pub reason: String,
 }
 
-impl BuildReport {
-    /// Whether the objects do the same.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+impl FileReport {
+    pub(super) fn new(pair: &ObjectPair<'_>) -> Self {
+        Self {
+            file: pair.file.to_owned(),
+            object: pair.object.to_owned(),
+            ..Self::default()
+        }
+    }
+
+    fn is_empty(&self) -> bool {
         self.replaced.is_empty() && self.new.is_empty() && self.refused.is_empty()
     }
 }
 
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.section)?;
-        if !self.name.is_empty() {
-            write!(f, " in {}", self.name)?;
-        }
-        if let Some(offset) = self.offset {
-            write!(f, "+{offset:#x}")?;
-        }
-        write!(f, ": {}", self.reason)
-    }
-}
-
-impl fmt::Display for BuildReport {
+impl fmt::Display for FileReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for it in &self.replaced {
             let (old, new) = (it.old_bytes, it.new_bytes);
@@ -106,5 +112,55 @@ impl fmt::Display for BuildReport {
             writeln!(f, "refused   {it}")?;
         }
         writeln!(f, "unchanged {} functions", self.unchanged)
+    }
+}
+
+impl BuildReport {
+    /// Whether the objects of every file do the same.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.files.iter().all(FileReport::is_empty)
+    }
+
+    /// How many functions are as before.
+    #[must_use]
+    pub fn unchanged(&self) -> usize {
+        self.files.iter().map(|file| file.unchanged).sum()
+    }
+
+    /// Every difference that cannot be patched, as text that names the file where there are several.
+    pub fn refused(&self) -> impl Iterator<Item = String> + '_ {
+        self.files.iter().flat_map(|file| {
+            let name = match self.files.len() {
+                0 | 1 => String::new(),
+                _ => format!("{}: ", file.file),
+            };
+            file.refused.iter().map(move |it| format!("{name}{it}"))
+        })
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.section)?;
+        if !self.name.is_empty() {
+            write!(f, " in {}", self.name)?;
+        }
+        if let Some(offset) = self.offset {
+            write!(f, "+{offset:#x}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}
+
+impl fmt::Display for BuildReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for file in &self.files {
+            if self.files.len() > 1 {
+                writeln!(f, "{} ({})", file.file, file.object)?;
+            }
+            write!(f, "{file}")?;
+        }
+        Ok(())
     }
 }

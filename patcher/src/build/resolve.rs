@@ -1,7 +1,7 @@
 //! What new code and new data refer to, named: something of the guest, or something brought along. Owns the choice
 //! between the two; what is brought is [`collect`](super::collect)'s.
 
-use super::collect::{Collector, Thing};
+use super::collect::{self, Collector, Thing};
 use super::compare::Verdict;
 use super::instructions::{Flow, Instructions};
 use super::key::{self, Key, Names, is_numbered_constant};
@@ -9,6 +9,7 @@ use super::policy;
 use super::reference::{Reference, Target};
 use super::report::Refused;
 use super::site::{self, Resolver};
+use super::unit::Unit;
 use crate::object::SectionId;
 
 /// What `static_cpu_has` does before alternatives are applied (Linux v6.12
@@ -18,6 +19,10 @@ const AUXILIARY: &str = ".altinstr_aux";
 /// Names what new code and new data refer to.
 pub(super) struct NewResolver<'c, 'a> {
     pub(super) collector: &'c mut Collector<'a>,
+    /// The file that refers.
+    pub(super) unit: &'a Unit,
+    /// Its index.
+    pub(super) at: usize,
     /// The function that refers, for messages.
     pub(super) function: Option<usize>,
 }
@@ -38,7 +43,7 @@ impl Resolver for NewResolver<'_, '_> {
                 offset,
                 distance,
             } => {
-                let size = self.collector.new.object.section(section).entry_size;
+                let size = self.unit.new.object.section(section).entry_size;
                 let start = offset.checked_div(size)?.checked_mul(size)?;
                 let symbol = self.own(Thing::Constant(section, start));
                 let inside = (offset - start).cast_signed();
@@ -55,9 +60,14 @@ impl Resolver for NewResolver<'_, '_> {
 
 impl NewResolver<'_, '_> {
     fn own(&mut self, thing: Thing) -> u32 {
-        let section = self.collector.bring(thing);
+        self.own_of(self.at, thing)
+    }
+
+    fn own_of(&mut self, unit: usize, thing: Thing) -> u32 {
+        let section = self.collector.bring(unit, thing);
+        let new = &self.collector.units[unit].new;
         let name = match thing {
-            Thing::Function(_) | Thing::Variable(_) => self.collector.name_of(thing),
+            Thing::Function(_) | Thing::Variable(_) => collect::name_of(new, thing),
             _ => self.collector.sections[section as usize].name.clone(),
         };
         self.collector.symbols.own(&name, section)
@@ -69,11 +79,14 @@ impl NewResolver<'_, '_> {
         target: &Target,
         distance: i64,
     ) -> Option<(u32, i64)> {
-        let home = self.collector.new.object.symbol(symbol).home;
-        let name = self.collector.new.name_of(target);
+        let home = self.unit.new.object.symbol(symbol).home;
+        let name = self.unit.new.name_of(target);
         if home != crate::object::Home::Undefined || name.is_empty() {
             self.refuse(&name, "an absolute or common symbol cannot be linked");
             return None;
+        }
+        if let Some((unit, thing)) = self.collector.exported(&name) {
+            return Some((self.own_of(unit, thing), distance));
         }
         Some((self.collector.symbols.guest(&name), distance))
     }
@@ -81,10 +94,10 @@ impl NewResolver<'_, '_> {
     /// The address of a function that the guest has is the guest's, so that none is kept that ends with the
     /// patch; only calls and jumps go straight to the new body.
     fn function(&mut self, function: usize, distance: i64, calls: bool) -> Option<(u32, i64)> {
-        let new = self.collector.new;
+        let new = &self.unit.new;
         let it = new.function(function);
         let is_inside = distance != 0 || it.parent.is_some();
-        match self.collector.verdicts[function] {
+        match self.unit.verdicts[function] {
             Verdict::New => Some((self.own(Thing::Function(function)), distance)),
             Verdict::Changed(_) if calls || is_inside => {
                 Some((self.own(Thing::Function(function)), distance))
@@ -95,16 +108,15 @@ impl NewResolver<'_, '_> {
                 None
             }
             _ => {
-                let old = self.collector.old;
-                let found = old.inventory.function_named(&it.name);
-                let name = found.map_or(&it.name, |at| &old.function(at).name);
+                let found = self.unit.names.functions.get(&function);
+                let name = found.unwrap_or(&it.name);
                 Some((self.collector.symbols.guest(name), distance))
             }
         }
     }
 
     fn variable(&mut self, variable: usize, target: &Target, distance: i64) -> Option<(u32, i64)> {
-        let (new, old) = (self.collector.new, self.collector.old);
+        let (new, old) = (&self.unit.new, &self.unit.old);
         let section = new
             .object
             .section(new.variable(variable).section)
@@ -116,7 +128,7 @@ impl NewResolver<'_, '_> {
             }
             return Some((self.own(Thing::Variable(variable)), distance));
         }
-        if let Some(before) = self.collector.pairs.old_of(variable) {
+        if let Some(before) = self.unit.pairs.old_of(variable) {
             if policy::is_init(&section) {
                 self.refuse(&section, "it refers to data that is gone after boot");
                 return None;
@@ -127,7 +139,7 @@ impl NewResolver<'_, '_> {
             ));
         }
         let name = &new.variable(variable).name;
-        if self.collector.pairs.is_uncertain(variable) {
+        if self.unit.pairs.is_uncertain(variable) {
             let reason = format!("{name} may be one of several static variables of the old object");
             self.refuse(&section, &reason);
             return None;
@@ -142,7 +154,7 @@ impl NewResolver<'_, '_> {
     /// The old constant of the same content, if the constant holds pointers and there is just one: a table
     /// of functions may be known by its address. Text and numbers may as well be copied.
     fn same_constant(&self, variable: usize, target: &Target) -> Option<String> {
-        let (new, old) = (self.collector.new, self.collector.old);
+        let (new, old) = (&self.unit.new, &self.unit.old);
         let it = new.variable(variable);
         let end = it.start.saturating_add(it.size);
         if new
@@ -153,7 +165,7 @@ impl NewResolver<'_, '_> {
         {
             return None;
         }
-        let wanted = without_distance(key::key(new, self.collector.names, target));
+        let wanted = without_distance(key::key(new, &self.unit.names, target));
         let same = (0..old.inventory.variables.len()).filter(|index| {
             let target = Target::Variable {
                 variable: *index,
@@ -169,7 +181,7 @@ impl NewResolver<'_, '_> {
     }
 
     fn place(&mut self, section: SectionId, offset: i64) -> Option<(u32, i64)> {
-        let home = self.collector.new.object.section(section);
+        let home = self.unit.new.object.section(section);
         if home.flags.exec {
             let auxiliary = self
                 .auxiliary(section, offset)
@@ -189,7 +201,7 @@ impl NewResolver<'_, '_> {
     /// The test of a CPU feature that runs until alternatives are applied ends with its first plain jump.
     fn auxiliary(&self, section: SectionId, offset: i64) -> Option<Thing> {
         let start = u64::try_from(offset).ok()?;
-        let home = self.collector.new.object.section(section);
+        let home = self.unit.new.object.section(section);
         let code = Instructions::decode(home.range(start, home.size)?);
         let last = code.iter().find(|it| it.flow == Flow::Jump)?;
         Some(Thing::Auxiliary(
@@ -203,7 +215,7 @@ impl NewResolver<'_, '_> {
     pub(super) fn refuse_unknown_kinds(&mut self, references: &[Reference]) {
         for reference in references {
             if site::kind_of(reference.kind).is_none() {
-                let name = self.collector.new.name_of(&reference.target);
+                let name = self.unit.new.name_of(&reference.target);
                 let reason = format!("relocation {:?} to {name}", reference.kind);
                 self.refuse("relocations", &reason);
             }
@@ -213,7 +225,7 @@ impl NewResolver<'_, '_> {
     fn refuse(&mut self, section: &str, reason: &str) {
         let name = self
             .function
-            .map(|it| self.collector.new.function(it).name.clone());
+            .map(|it| self.unit.new.function(it).name.clone());
         let (name, section) = (name.unwrap_or_default(), section.to_owned());
         let refused = Refused {
             name,
@@ -221,8 +233,8 @@ impl NewResolver<'_, '_> {
             offset: None,
             reason: reason.to_owned(),
         };
-        if !self.collector.report.refused.contains(&refused) {
-            self.collector.report.refused.push(refused);
+        if !self.collector.reports[self.at].refused.contains(&refused) {
+            self.collector.reports[self.at].refused.push(refused);
         }
     }
 }

@@ -8,22 +8,31 @@ use crate::patch::Symbol;
 #[derive(Debug, Default)]
 pub(super) struct SymbolTable {
     symbols: Vec<Symbol>,
-    guest: HashMap<String, u32>,
+    /// By file and name.
+    guest: HashMap<(u32, String), u32>,
+    unit: u32,
     own: HashMap<u32, u32>,
 }
 
 impl SymbolTable {
-    /// A symbol of the guest. One name is one symbol for old and new code, so that what run-pre matching
+    /// From here on, names are those of this file.
+    pub(super) const fn enter(&mut self, unit: usize) {
+        self.unit = unit as u32;
+    }
+
+    /// A symbol of the guest. One name in a file is one symbol for old and new code, so that what run-pre matching
     /// reads off the old code serves the new.
     pub(super) fn guest(&mut self, name: &str) -> u32 {
-        if let Some(index) = self.guest.get(name) {
+        let key = (self.unit, name.to_owned());
+        if let Some(index) = self.guest.get(&key) {
             return *index;
         }
         let index = self.push(Symbol::Guest {
+            unit: self.unit,
             name: name.to_owned(),
             sympos: None,
         });
-        self.guest.insert(name.to_owned(), index);
+        self.guest.insert(key, index);
         index
     }
 

@@ -360,6 +360,7 @@ mod tests {
 
     fn guest(name: &str) -> Symbol {
         Symbol::Guest {
+            unit: 0,
             name: name.into(),
             sympos: None,
         }
@@ -388,6 +389,7 @@ mod tests {
         Patch {
             name: "p".into(),
             requires: Requirement::default(),
+            units: Vec::new(),
             replaced: Vec::new(),
             sections: vec![section],
             symbols,
@@ -414,7 +416,7 @@ mod tests {
             patch,
             live: &live,
             facts: &facts(),
-            names: &Names::look_up(&patch.symbols, &live),
+            names: &Names::look_up(&patch.symbols, &patch.units, &live),
             learned: &Learned::new(),
             placement: &shape.place_again(&[extent]).unwrap(),
         };

@@ -1,17 +1,22 @@
-//! What linking and matching ask of a guest: addresses of names, and memory. Owns the lookup in the object
-//! a patch is for; knows nothing of patches.
+//! What linking and matching ask of a guest: addresses of names, and memory. Owns which names mean what in which object;
+//! knows nothing of patches.
 
 use vmpatch_introspect::address::PAGE_SIZE;
+use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::symbols::Symbols;
 use vmpatch_introspect::{Gpa, Gva, Kernel, KernelMemory, PhysicalMemory, ReadError};
 
 use super::boot::Facts;
 use super::boot::facts::FactsError;
+use crate::patch::VMLINUX;
 
 /// A guest kernel as linking sees it.
 pub trait Live {
-    /// All addresses of a name, in the order that livepatch's `sympos` counts.
+    /// All addresses of a name in the kernel itself, in the order that livepatch's `sympos` counts.
     fn named(&self, name: &str) -> Vec<Gva>;
+
+    /// All addresses of what code of an object means by a name: those of the object itself, else those of what it may link to.
+    fn named_in(&self, object: &str, name: &str) -> Vec<Gva>;
 
     /// Fills `into` from `at` on.
     ///
@@ -62,6 +67,7 @@ pub trait Live {
 pub struct Guest<'a> {
     kernel: &'a Kernel,
     memory: KernelMemory<'a>,
+    modules: &'a [Module],
 }
 
 impl<'a> Guest<'a> {
@@ -71,7 +77,20 @@ impl<'a> Guest<'a> {
         Self {
             kernel,
             memory: kernel.memory(physical),
+            modules: &[],
         }
+    }
+
+    /// The same with its loaded modules.
+    #[must_use]
+    pub const fn with_modules(self, modules: &'a [Module]) -> Self {
+        Self { modules, ..self }
+    }
+
+    /// A loaded module.
+    #[must_use]
+    pub fn module(&self, name: &str) -> Option<&'a Module> {
+        self.modules.iter().find(|module| module.name == name)
     }
 
     /// The kernel.
@@ -105,6 +124,26 @@ impl Live for Guest<'_> {
             .collect()
     }
 
+    /// A module's own names hide those of others, as when it was linked; what it does not define is the kernel's, or another
+    /// module's.
+    fn named_in(&self, object: &str, name: &str) -> Vec<Gva> {
+        let Some(module) = self.module(object).filter(|_| object != VMLINUX) else {
+            return self.named(name);
+        };
+        let of = |module: &Module| -> Vec<Gva> {
+            module.symbols.named(name).map(|symbol| symbol.at).collect()
+        };
+        let own = of(module);
+        if !own.is_empty() {
+            return own;
+        }
+        let kernels = self.named(name);
+        if !kernels.is_empty() {
+            return kernels;
+        }
+        self.modules.iter().flat_map(of).collect()
+    }
+
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
         self.memory.read(at, into)
     }
@@ -115,7 +154,11 @@ impl Live for Guest<'_> {
     }
 
     fn describe(&self, at: Gva) -> String {
-        describe(&self.kernel.symbols, at)
+        let module = self.modules.iter().find(|it| it.text.contains(at));
+        module.map_or_else(
+            || describe(&self.kernel.symbols, at),
+            |it| format!("{} [{}]", describe(&it.symbols, at), it.name),
+        )
     }
 }
 

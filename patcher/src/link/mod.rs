@@ -76,6 +76,10 @@ pub(crate) mod tests {
             matching.map(|(_, at)| *at).collect()
         }
 
+        fn named_in(&self, _object: &str, name: &str) -> Vec<Gva> {
+            self.named(name)
+        }
+
         fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
             for (offset, byte) in into.iter_mut().enumerate() {
                 let place = at.0 + offset as u64;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use vmpatch_introspect::Gva;
 
 use super::live::Live;
-use crate::patch::Symbol;
+use crate::patch::{Symbol, Unit, VMLINUX};
 
 /// Values that running code gave to symbols, by index in the patch.
 pub type Learned = BTreeMap<u32, Gva>;
@@ -68,10 +68,13 @@ pub enum Disagreement {
 }
 
 impl<'a> Names<'a> {
-    /// Looks all of them up.
+    /// Looks all of them up, each in the object of the file that names it.
     #[must_use]
-    pub fn look_up(symbols: &'a [Symbol], live: &'a dyn Live) -> Self {
-        let known = symbols.iter().map(|symbol| known(symbol, live)).collect();
+    pub fn look_up(symbols: &'a [Symbol], units: &[Unit], live: &'a dyn Live) -> Self {
+        let known = symbols
+            .iter()
+            .map(|symbol| known(symbol, units, live))
+            .collect();
         // With KALLSYMS_ALL the guest names its data too, so a name that is not there does not exist.
         let data_named = live.unique("init_task").is_some();
         Self {
@@ -118,26 +121,29 @@ impl<'a> Names<'a> {
         }
     }
 
-    /// Presumes that the guest symbols called `name`, where there are several, mean the one at `at`.
-    pub fn presume(&self, learned: &mut Learned, name: &str, at: Gva) {
-        for (index, symbol) in (0..).zip(self.symbols) {
-            let Symbol::Guest { name: this, .. } = symbol else {
-                continue;
-            };
+    /// Presumes that the guest symbols which a file calls `name`, where there are several, mean the one at `at`.
+    pub fn presume(&self, learned: &mut Learned, (unit, name): (u32, &str), at: Gva) {
+        for index in self.called(unit, name) {
             let open = matches!(self.known.get(index as usize), Some(Known::OneOf(_)));
-            if this == name && open {
+            if open {
                 learned.entry(index).or_insert(at);
             }
         }
     }
 
-    /// The address that a guest symbol called `name` has or turned out to have.
+    /// The address that a guest symbol which a file calls `name` has or turned out to have.
     #[must_use]
-    pub fn learned_as(&self, learned: &Learned, name: &str) -> Option<Gva> {
-        let called =
-            |symbol: &Symbol| matches!(symbol, Symbol::Guest { name: it, .. } if it == name);
-        let mut indices = (0..).zip(self.symbols).filter(|(_, symbol)| called(symbol));
-        indices.find_map(|(index, _)| self.value(learned, index))
+    pub fn learned_as(&self, learned: &Learned, (unit, name): (u32, &str)) -> Option<Gva> {
+        let mut indices = self.called(unit, name);
+        indices.find_map(|index| self.value(learned, index))
+    }
+
+    fn called<'s>(&'s self, unit: u32, name: &'s str) -> impl Iterator<Item = u32> + 's {
+        let is_called = move |symbol: &Symbol| matches!(symbol, Symbol::Guest { unit: of, name: it, .. } if *of == unit && it == name);
+        (0..)
+            .zip(self.symbols)
+            .filter(move |(_, symbol)| is_called(symbol))
+            .map(|(index, _)| index)
     }
 
     /// Whether a field of running code that names `found` agrees with what the symbol is; learns from it
@@ -187,11 +193,14 @@ impl<'a> Names<'a> {
     }
 }
 
-fn known(symbol: &Symbol, live: &dyn Live) -> Known {
-    let Symbol::Guest { name, sympos } = symbol else {
+fn known(symbol: &Symbol, units: &[Unit], live: &dyn Live) -> Known {
+    let Symbol::Guest { unit, name, sympos } = symbol else {
         return Known::Foreign;
     };
-    let mut all = live.named(name);
+    let object = units
+        .get(*unit as usize)
+        .map_or(VMLINUX, |unit| &unit.object);
+    let mut all = live.named_in(object, name);
     match (sympos, all.as_slice()) {
         (_, []) => Known::Absent,
         (None, &[only]) => Known::At(only),
@@ -213,6 +222,7 @@ mod tests {
 
     fn guest(name: &str, sympos: Option<u32>) -> Symbol {
         Symbol::Guest {
+            unit: 0,
             name: name.into(),
             sympos,
         }
@@ -235,7 +245,7 @@ mod tests {
             guest("two", Some(3)),
             guest("two", None),
         ];
-        let names = Names::look_up(&symbols, &live);
+        let names = Names::look_up(&symbols, &[], &live);
         let none = Learned::new();
         assert_eq!(names.value(&none, 0), Some(Gva(0x3000)));
         assert_eq!(names.value(&none, 1), None);
@@ -246,7 +256,7 @@ mod tests {
     fn an_open_name_is_learned_once_and_then_held_to() {
         let live = fake();
         let symbols = [guest("two", None)];
-        let names = Names::look_up(&symbols, &live);
+        let names = Names::look_up(&symbols, &[], &live);
         let mut learned = Learned::new();
         assert!(
             names.agree(&mut learned, 0, Gva(0x1000)).is_err(),
@@ -265,10 +275,10 @@ mod tests {
         let symbols = [guest("static_thing", None)];
         let named = fake();
         let mut learned = Learned::new();
-        let refused = Names::look_up(&symbols, &named).agree(&mut learned, 0, Gva(1));
+        let refused = Names::look_up(&symbols, &[], &named).agree(&mut learned, 0, Gva(1));
         assert!(matches!(refused, Err(Disagreement::Absent { .. })));
         let unnamed = Fake::new();
-        let names = Names::look_up(&symbols, &unnamed);
+        let names = Names::look_up(&symbols, &[], &unnamed);
         names.agree(&mut learned, 0, Gva(1)).unwrap();
         assert_eq!(names.value(&learned, 0), Some(Gva(1)));
     }
@@ -285,17 +295,17 @@ mod tests {
         };
         let mut learned = Learned::new();
         let same = bytes(b"MemTotal\0");
-        Names::look_up(&same, &live)
+        Names::look_up(&same, &[], &live)
             .agree(&mut learned, 0, Gva(0x5000))
             .unwrap();
         let other = bytes(b"MemTotbl\0");
         assert!(
-            Names::look_up(&other, &live)
+            Names::look_up(&other, &[], &live)
                 .agree(&mut learned, 0, Gva(0x5000))
                 .is_err()
         );
         assert!(
-            Names::look_up(&same, &live)
+            Names::look_up(&same, &[], &live)
                 .agree(&mut learned, 0, Gva(0x6000))
                 .is_err()
         );
@@ -310,7 +320,7 @@ mod tests {
             section: ".data".into(),
             bytes: Vec::new(),
         }];
-        let names = Names::look_up(&place, &live);
+        let names = Names::look_up(&place, &[], &live);
         names.agree(&mut Learned::new(), 0, Gva(0x5000)).unwrap();
         assert!(names.agree(&mut Learned::new(), 0, Gva(0x6000)).is_err());
     }

@@ -164,6 +164,7 @@ mod tests {
         Patch {
             name: "p".into(),
             requires: Requirement::default(),
+            units: Vec::new(),
             replaced: Vec::new(),
             sections,
             symbols: Vec::new(),

@@ -1,6 +1,7 @@
 //! A plan: a patch placed for one boot of one guest. Owns the order of linking; each step is a file beside
 //! this one.
 
+use vmpatch_introspect::modules::ModuleState;
 use vmpatch_introspect::target::Edit;
 use vmpatch_introspect::{Gva, GvaRange, PhysicalMemory, ReadError};
 
@@ -19,7 +20,7 @@ use crate::arena::window::{self, WindowError};
 use crate::arena::{Arena, ArenaError, BusyKind, BusyRange, PatchRecord, SiteRecord};
 use crate::patch::file::PatchFile;
 use crate::patch::{Patch, Replacement, SectionKind};
-use crate::verify::locate::{LocateError, Located};
+use crate::verify::locate::{LocateError, Located, Wanted};
 use crate::verify::run_pre::Matcher;
 
 /// A patch placed for one boot of one guest. Nothing is written yet.
@@ -52,11 +53,13 @@ pub enum LinkError {
         /// What the guest has.
         found: String,
     },
-    /// It is for a module, which is not done yet.
-    #[error("the patch is for module `{module}`; only vmlinux can be patched so far")]
+    /// A module that it changes is not there.
+    #[error("the patch changes module `{module}`, which is {state}")]
     Module {
         /// The module.
         module: String,
+        /// What it is instead of live.
+        state: &'static str,
     },
     /// What the boot decided cannot be told.
     #[error(transparent)]
@@ -133,7 +136,7 @@ impl<'a> Plan<'a> {
         let memory = guest.memory().physical;
         ownership::patch_is_free(patch, &digest, arena.manifest(), memory)?;
         let facts = guest.facts()?;
-        let names = Names::look_up(&patch.symbols, guest);
+        let names = Names::look_up(&patch.symbols, &patch.units, guest);
         let linker = Linker {
             patch,
             digest,
@@ -172,11 +175,6 @@ fn text_start(guest: &Guest<'_>) -> Gva {
 /// Whether the patch was made for this kernel, as far as it says.
 fn fits(patch: &Patch, guest: &Guest<'_>) -> Result<(), LinkError> {
     let identity = &guest.kernel().identity;
-    if patch.requires.object != "vmlinux" {
-        return Err(LinkError::Module {
-            module: patch.requires.object.clone(),
-        });
-    }
     let release = (patch.requires.release.as_ref(), Some(&identity.release));
     let build_id = (patch.requires.build_id.as_ref(), identity.build_id.as_ref());
     for (wanted, found) in [release, build_id] {
@@ -187,7 +185,21 @@ fn fits(patch: &Patch, guest: &Guest<'_>) -> Result<(), LinkError> {
             return Err(LinkError::WrongKernel { wanted, found });
         }
     }
-    Ok(())
+    patch
+        .modules()
+        .into_iter()
+        .try_for_each(|name| is_live(name, guest))
+}
+
+fn is_live(name: &str, guest: &Guest<'_>) -> Result<(), LinkError> {
+    let state = match guest.module(name).map(|module| module.state) {
+        Some(ModuleState::Live) => return Ok(()),
+        Some(ModuleState::Coming | ModuleState::Unformed) => "just being loaded",
+        Some(ModuleState::Going) => "just being unloaded",
+        None => "not loaded",
+    };
+    let module = name.to_owned();
+    Err(LinkError::Module { module, state })
 }
 
 /// What came of placing.
@@ -222,11 +234,12 @@ impl Linker<'_> {
         let mut all = Vec::with_capacity(self.patch.replaced.len());
         for wanted in &self.patch.replaced {
             self.is_free(wanted)?;
+            let object = Wanted::of(self.patch, wanted).object;
             let located = matcher
-                .locate(wanted.into(), &mut learned)
-                .map_err(|error| self.rather_its_region(error))?;
+                .locate(Wanted::of(self.patch, wanted), &mut learned)
+                .map_err(|error| self.rather_its_region(error, object))?;
             for range in std::iter::once(&located.range).chain(&located.parts) {
-                region::check(*range, self.guest).map_err(|why| LinkError::Region {
+                region::check(*range, object, self.guest).map_err(|why| LinkError::Region {
                     function: wanted.name.clone(),
                     why,
                 })?;
@@ -237,10 +250,10 @@ impl Linker<'_> {
     }
 
     /// What was init code is poisoned and differs everywhere: the place says more than the bytes.
-    fn rather_its_region(&self, error: LocateError) -> LinkError {
+    fn rather_its_region(&self, error: LocateError, object: &str) -> LinkError {
         if let LocateError::Differs { name, at, .. } = &error
             && let Some(range) = GvaRange::sized(*at, 1)
-            && let Err(why) = region::check(range, self.guest)
+            && let Err(why) = region::check(range, object, self.guest)
         {
             let function = name.clone();
             return LinkError::Region { function, why };
@@ -250,7 +263,8 @@ impl Linker<'_> {
 
     /// Before it is compared: the jump of another patch would only read as a difference.
     fn is_free(&self, wanted: &Replacement) -> Result<(), LinkError> {
-        for at in self.guest.named(&wanted.name) {
+        let object = Wanted::of(self.patch, wanted).object;
+        for at in self.guest.named_in(object, &wanted.name) {
             if let Some(range) = GvaRange::sized(at, wanted.old.bytes.len() as u64) {
                 let manifest = self.arena.manifest();
                 ownership::function_is_free(&wanted.name, range, manifest, self.memory())?;

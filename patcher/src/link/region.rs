@@ -1,14 +1,16 @@
-//! Parts of a kernel where no function can be replaced.
+//! Parts of a kernel and its modules where no function can be replaced.
 
+use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::{Gva, GvaRange};
 
 use super::live::{Guest, Live};
+use crate::patch::VMLINUX;
 
 /// Why code there cannot be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegionError {
-    /// Outside the kernel's text.
-    #[error("it does not lie in the kernel's text")]
+    /// Outside the text of its object.
+    #[error("it does not lie in the text of its object")]
     NotText,
     /// Freed after boot, or about to be.
     #[error("it is init code, which is freed after boot")]
@@ -18,11 +20,14 @@ pub enum RegionError {
     EntryCode,
 }
 
-/// Checks a function or a part of it.
+/// Checks a function of an object, or a part of it.
 ///
 /// # Errors
 /// [`RegionError`].
-pub fn check(range: GvaRange, guest: &Guest<'_>) -> Result<(), RegionError> {
+pub fn check(range: GvaRange, object: &str, guest: &Guest<'_>) -> Result<(), RegionError> {
+    if object != VMLINUX {
+        return in_module(range, guest.module(object));
+    }
     let layout = &guest.kernel().layout;
     if layout.init.is_some_and(|init| init.overlaps(&range)) {
         return Err(RegionError::Init);
@@ -40,6 +45,18 @@ pub fn check(range: GvaRange, guest: &Guest<'_>) -> Result<(), RegionError> {
         return Err(RegionError::EntryCode);
     }
     Ok(())
+}
+
+fn in_module(range: GvaRange, module: Option<&Module>) -> Result<(), RegionError> {
+    let init = module.and_then(|module| module.init_text);
+    if init.is_some_and(|init| init.overlaps(&range)) {
+        return Err(RegionError::Init);
+    }
+    let within = |text: &GvaRange| text.start <= range.start && range.end <= text.end;
+    match module.map(|module| module.text) {
+        Some(text) if within(&text) => Ok(()),
+        _ => Err(RegionError::NotText),
+    }
 }
 
 fn overlaps(range: GvaRange, start: Option<Gva>, end: Option<Gva>) -> bool {

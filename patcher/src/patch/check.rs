@@ -3,7 +3,7 @@
 
 mod body;
 
-use super::{Code, Patch, Replacement, Requirement, Section, SectionKind, Symbol};
+use super::{Code, Patch, Replacement, Requirement, Section, SectionKind, Symbol, Unit};
 use body::{Body, Side};
 
 /// Longest name of a patch in bytes: it names files too.
@@ -101,6 +101,8 @@ pub enum Malformed {
 pub fn check(patch: &Patch) -> Result<(), Malformed> {
     patch_name(&patch.name)?;
     requirement(&patch.requires)?;
+    count("files", patch.units.len(), 1)?;
+    patch.units.iter().try_for_each(unit)?;
     count("replaced functions", patch.replaced.len(), 1)?;
     count("sections", patch.sections.len(), 1)?;
     count("symbols", patch.symbols.len(), 0)?;
@@ -156,7 +158,6 @@ pub(super) fn printable(what: &'static str, name: &str) -> Result<(), Malformed>
 }
 
 fn requirement(requires: &Requirement) -> Result<(), Malformed> {
-    printable("patched object", &requires.object)?;
     if let Some(release) = &requires.release {
         printable("kernel release", release)?;
     }
@@ -173,6 +174,16 @@ fn requirement(requires: &Requirement) -> Result<(), Malformed> {
     )
 }
 
+fn unit(unit: &Unit) -> Result<(), Malformed> {
+    printable("file", &unit.file)?;
+    printable("patched object", &unit.object)
+}
+
+fn unit_exists(patch: &Patch, place: &str, at: u32) -> Result<(), Malformed> {
+    let found = patch.units.get(at as usize).map(drop);
+    found.ok_or_else(|| index(place, "file", at, ABSENT))
+}
+
 fn count(what: &'static str, count: usize, least: usize) -> Result<(), Malformed> {
     if (least..=MAX_ITEMS).contains(&count) {
         return Ok(());
@@ -186,7 +197,10 @@ fn count(what: &'static str, count: usize, least: usize) -> Result<(), Malformed
 }
 
 fn no_function_twice(replaced: &[Replacement]) -> Result<(), Malformed> {
-    let mut keys: Vec<_> = replaced.iter().map(|it| (&it.name, it.sympos)).collect();
+    let mut keys: Vec<_> = replaced
+        .iter()
+        .map(|it| (&it.name, it.unit, it.sympos))
+        .collect();
     keys.sort_unstable();
     match keys.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(Malformed::Twice {
@@ -237,8 +251,9 @@ fn symbol(patch: &Patch, index: usize, symbol: &Symbol) -> Result<(), Malformed>
             }
             Ok(())
         }
-        Symbol::Guest { name, sympos } => {
+        Symbol::Guest { unit, name, sympos } => {
             printable("guest symbol", name)?;
+            unit_exists(patch, name, *unit)?;
             sympos_counts_from_one(name, *sympos)
         }
         Symbol::OldBytes { section, .. } => printable("section", section),
@@ -247,6 +262,7 @@ fn symbol(patch: &Patch, index: usize, symbol: &Symbol) -> Result<(), Malformed>
 
 fn replacement(patch: &Patch, it: &Replacement) -> Result<(), Malformed> {
     printable("function", &it.name)?;
+    unit_exists(patch, &it.name, it.unit)?;
     sympos_counts_from_one(&it.name, it.sympos)?;
     code(patch, &it.name, &it.old)?;
     count("split-off parts", it.old_parts.len(), 0)?;

@@ -8,6 +8,8 @@ pub mod file;
 #[cfg(test)]
 pub(crate) mod sample;
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 /// A whole patch, as built.
@@ -17,6 +19,8 @@ pub struct Patch {
     pub name: String,
     /// What the guest must be.
     pub requires: Requirement,
+    /// The files compiled, and the objects of the guest that they are part of.
+    pub units: Vec<Unit>,
     /// Functions that are replaced.
     pub replaced: Vec<Replacement>,
     /// Sections that go into the arena: new bodies of replaced functions, new functions, their data.
@@ -28,17 +32,38 @@ pub struct Patch {
 /// Which kernel the patch was built for. What is `None` is left to run-pre matching.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Requirement {
-    /// The object patched: `vmlinux` or a module's name.
-    pub object: String,
     /// `uname -r`.
     pub release: Option<String>,
     /// GNU build id of vmlinux, lower-case hex.
     pub build_id: Option<String>,
 }
 
+/// The name by which the kernel itself is an object.
+pub const VMLINUX: &str = "vmlinux";
+
+/// One file of the kernel: names that are local to it mean something only within it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unit {
+    /// The file, for messages.
+    pub file: String,
+    /// The object that it is linked into: [`VMLINUX`] or a module's name.
+    pub object: String,
+}
+
+impl Patch {
+    /// The modules that the patch changes, each once, by name.
+    #[must_use]
+    pub fn modules(&self) -> BTreeSet<&str> {
+        let objects = self.units.iter().map(|unit| unit.object.as_str());
+        objects.filter(|object| *object != VMLINUX).collect()
+    }
+}
+
 /// One function to be replaced.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Replacement {
+    /// Index into [`Patch::units`] of the file it is defined in.
+    pub unit: u32,
     /// Its symbol in the guest.
     pub name: String,
     /// Which of several symbols of that name, from 1 as livepatch counts; `None`: found by run-pre
@@ -273,6 +298,8 @@ pub enum Symbol {
     },
     /// In the guest, by name.
     Guest {
+        /// Index into [`Patch::units`] of the file that names it.
+        unit: u32,
         /// Name in kallsyms.
         name: String,
         /// Which of several, from 1; `None`: unique, or read off the running code by run-pre matching.

@@ -2,7 +2,7 @@
 
 use super::{
     Alternative, Code, Fragment, Part, Patch, Reference, Relocation, RelocationKind, Replacement,
-    Requirement, Section, SectionKind, Site, SiteKind, Symbol, Trap, TrapKind,
+    Requirement, Section, SectionKind, Site, SiteKind, Symbol, Trap, TrapKind, Unit, VMLINUX,
 };
 
 /// `call __fentry__; lea string, %rdi; jmp __x86_return_thunk`, with one site of each kind.
@@ -90,6 +90,7 @@ fn traps() -> Vec<Trap> {
 /// The patch.
 pub(crate) fn patch() -> Patch {
     let guest = |name: &str| Symbol::Guest {
+        unit: 0,
         name: name.to_owned(),
         sympos: None,
     };
@@ -119,11 +120,15 @@ pub(crate) fn patch() -> Patch {
     Patch {
         name: "sample-1.0".to_owned(),
         requires: Requirement {
-            object: "vmlinux".to_owned(),
             release: Some("6.12.107+deb12-cloud-amd64".to_owned()),
             build_id: Some("00ff".repeat(10)),
         },
+        units: vec![Unit {
+            file: "fs/sample.c".to_owned(),
+            object: VMLINUX.to_owned(),
+        }],
         replaced: vec![Replacement {
+            unit: 0,
             name: "sample".to_owned(),
             sympos: Some(1),
             old: old_code(),

@@ -5,11 +5,15 @@ use vmpatch_introspect::{Gva, GvaRange};
 
 use super::run_pre::{Matcher, Mismatch};
 use crate::link::names::Learned;
-use crate::patch::{Code, Part, Replacement};
+use crate::patch::{Code, Part, Patch, Replacement, VMLINUX};
 
 /// A function to look for.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
+    /// The file that it is of, by its index in the patch.
+    pub unit: u32,
+    /// The object that it is linked into.
+    pub object: &'a str,
     /// Its symbol.
     pub name: &'a str,
     /// Which of several of that name, from 1.
@@ -20,9 +24,14 @@ pub struct Wanted<'a> {
     pub parts: &'a [Part],
 }
 
-impl<'a> From<&'a Replacement> for Wanted<'a> {
-    fn from(it: &'a Replacement) -> Self {
+impl<'a> Wanted<'a> {
+    /// What a patch replaces.
+    #[must_use]
+    pub fn of(patch: &'a Patch, it: &'a Replacement) -> Self {
+        let unit = patch.units.get(it.unit as usize);
         Self {
+            unit: it.unit,
+            object: unit.map_or(VMLINUX, |unit| &unit.object),
             name: &it.name,
             sympos: it.sympos,
             code: &it.old,
@@ -86,39 +95,53 @@ impl Matcher<'_> {
         learned: &mut Learned,
     ) -> Result<Located, LocateError> {
         let mut tried = learned.clone();
-        let at = self.find(wanted.name, wanted.sympos, wanted.code, &mut tried)?;
+        let at = self.find(wanted, &mut tried)?;
         let range = sized(wanted.name, at, wanted.code)?;
         let mut parts = Vec::with_capacity(wanted.parts.len());
         for part in wanted.parts {
-            parts.push(self.part(part, &mut tried)?);
+            parts.push(self.part(wanted, part, &mut tried)?);
         }
         *learned = tried;
         Ok(Located { range, parts })
     }
 
     /// A part: where the function's own branches lead to it, if they told.
-    fn part(&self, part: &Part, learned: &mut Learned) -> Result<GvaRange, LocateError> {
-        let known = self.names.learned_as(learned, &part.name);
+    fn part(
+        &self,
+        whole: Wanted<'_>,
+        part: &Part,
+        learned: &mut Learned,
+    ) -> Result<GvaRange, LocateError> {
+        let known = self.names.learned_as(learned, (whole.unit, &part.name));
+        let wanted = Wanted {
+            name: &part.name,
+            sympos: None,
+            code: &part.code,
+            parts: &[],
+            ..whole
+        };
         let at = match known {
             Some(at) => self.hold(&part.name, at, &part.code, learned)?,
-            None => self.find(&part.name, None, &part.code, learned)?,
+            None => self.find(wanted, learned)?,
         };
         sized(&part.name, at, &part.code)
     }
 
     /// The one candidate that matches.
-    fn find(
-        &self,
-        name: &str,
-        sympos: Option<u32>,
-        code: &Code,
-        learned: &mut Learned,
-    ) -> Result<Gva, LocateError> {
+    fn find(&self, wanted: Wanted<'_>, learned: &mut Learned) -> Result<Gva, LocateError> {
+        let Wanted {
+            unit,
+            object,
+            name,
+            sympos,
+            code,
+            ..
+        } = wanted;
         let absent = || LocateError::Absent {
             name: name.to_owned(),
             sympos,
         };
-        let mut candidates = self.live.named(name);
+        let mut candidates = self.live.named_in(object, name);
         if let Some(position) = sympos {
             let index = position.checked_sub(1).ok_or_else(absent)? as usize;
             candidates = candidates.get(index).copied().into_iter().collect();
@@ -127,7 +150,7 @@ impl Matcher<'_> {
         let mut nearest: Option<LocateError> = None;
         for at in candidates {
             let mut trial = learned.clone();
-            self.names.presume(&mut trial, name, at);
+            self.names.presume(&mut trial, (unit, name), at);
             match self.hold(name, at, code, &mut trial) {
                 Ok(at) => matching.push((at, trial)),
                 Err(error)

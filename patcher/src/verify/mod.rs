@@ -14,7 +14,7 @@ use vmpatch_introspect::{Gva, GvaRange};
 use crate::arena::{Arena, ArenaError, ArenaWrite, BusyRange, MapEdits, PatchRecord};
 use crate::link::names::{Learned, Names};
 use crate::link::{Guest, Plan};
-use locate::LocateError;
+use locate::{LocateError, Wanted};
 use run_pre::Matcher;
 
 /// Why a plan does not hold.
@@ -77,7 +77,7 @@ pub fn verify(plan: Plan<'_>, guest: &Guest<'_>, arena: &Arena) -> Result<Verifi
 }
 
 fn old_functions_run(plan: &Plan<'_>, guest: &Guest<'_>) -> Result<(), VerifyError> {
-    let names = Names::look_up(&plan.patch.symbols, guest);
+    let names = Names::look_up(&plan.patch.symbols, &plan.patch.units, guest);
     let matcher = Matcher {
         live: guest,
         facts: &plan.facts,
@@ -85,7 +85,7 @@ fn old_functions_run(plan: &Plan<'_>, guest: &Guest<'_>) -> Result<(), VerifyErr
     };
     let mut learned = Learned::new();
     for (wanted, planned) in plan.patch.replaced.iter().zip(&plan.located) {
-        if matcher.locate(wanted.into(), &mut learned)? != *planned {
+        if matcher.locate(Wanted::of(plan.patch, wanted), &mut learned)? != *planned {
             return Err(VerifyError::Changed {
                 function: wanted.name.clone(),
             });

@@ -14,7 +14,7 @@ use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Dump, Gpa, GpaRange, Kernel, PhysicalMemory};
 use vmpatch_patcher::arena::ArenaWrite;
-use vmpatch_patcher::build::{BuildOptions, build};
+use vmpatch_patcher::build::{BuildOptions, ObjectPair, build};
 use vmpatch_patcher::patch::file::PatchFile;
 
 /// Where the slot lies: above any RAM of a dump.
@@ -193,7 +193,13 @@ fn sample(pair: &Path) -> PatchFile {
         name: name.clone(),
         ..BuildOptions::default()
     };
-    let (patch, _) = build(&object("old.o"), &object("new.o"), &options)
-        .unwrap_or_else(|why| panic!("{name}: {why}"));
+    let pair = ObjectPair {
+        file: &name,
+        object: "vmlinux",
+        old: &object("old.o"),
+        new: &object("new.o"),
+        wide: None,
+    };
+    let (patch, _) = build(&[pair], &options).unwrap_or_else(|why| panic!("{name}: {why}"));
     PatchFile::new(patch).unwrap()
 }

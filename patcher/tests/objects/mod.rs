@@ -4,7 +4,9 @@
 
 use std::process::Command;
 
-use vmpatch_patcher::build::{BuildError, BuildOptions, BuildReport, build};
+use vmpatch_patcher::build::{
+    BuildError, BuildOptions, BuildReport, FileReport, ObjectPair, build,
+};
 use vmpatch_patcher::patch::file::{PatchFile, decode};
 use vmpatch_patcher::patch::{Code, Patch, Relocation, Replacement, Section, Symbol};
 
@@ -69,37 +71,60 @@ pub(crate) fn compile_with(source: &str, flags: &[&str]) -> Vec<u8> {
 }
 
 /// What a build makes of two objects. Whatever patch there is is a well-formed file too.
-pub(crate) fn build_objects(old: &[u8], new: &[u8]) -> Result<(Patch, BuildReport), BuildError> {
+pub(crate) fn build_objects(old: &[u8], new: &[u8]) -> Result<(Patch, FileReport), BuildError> {
+    let (patch, report) = build_pairs(&[pair("drivers/test.c", old, new)])?;
+    Ok((patch, file_report(report)))
+}
+
+/// Two versions of a file of the kernel itself.
+pub(crate) fn pair<'a>(file: &'a str, old: &'a [u8], new: &'a [u8]) -> ObjectPair<'a> {
+    ObjectPair {
+        file,
+        object: "vmlinux",
+        old,
+        new,
+        wide: None,
+    }
+}
+
+/// What a build makes of several files.
+pub(crate) fn build_pairs(pairs: &[ObjectPair<'_>]) -> Result<(Patch, BuildReport), BuildError> {
     let options = BuildOptions {
         name: "test".to_owned(),
         ..BuildOptions::default()
     };
-    let (patch, report) = build(old, new, &options)?;
+    let (patch, report) = build(pairs, &options)?;
     let file = PatchFile::new(patch).unwrap();
     let patch = decode(&file.encode()).unwrap().into_patch();
     Ok((patch, report))
 }
 
+/// The report on the only file.
+fn file_report(report: BuildReport) -> FileReport {
+    let [only] = <[FileReport; 1]>::try_from(report.files).unwrap();
+    only
+}
+
 /// What a build makes of two sources that differ as they should.
-pub(crate) fn patch(old: &str, new: &str) -> (Patch, BuildReport) {
+pub(crate) fn patch(old: &str, new: &str) -> (Patch, FileReport) {
     build_objects(&compile(old), &compile(new)).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The report on two sources that do the same.
-pub(crate) fn nothing(old: &str, new: &str) -> BuildReport {
+pub(crate) fn nothing(old: &str, new: &str) -> FileReport {
     match build_objects(&compile(old), &compile(new)) {
-        Err(BuildError::NothingChanged(report)) => *report,
+        Err(BuildError::NothingChanged(report)) => file_report(*report),
         Err(error) => panic!("{error}"),
-        Ok((_, report)) => panic!("{report}"),
+        Ok((_, report)) => panic!("{report:?}"),
     }
 }
 
 /// The report on two sources whose difference cannot be patched.
-pub(crate) fn refused(old: &str, new: &str) -> BuildReport {
+pub(crate) fn refused(old: &str, new: &str) -> FileReport {
     match build_objects(&compile(old), &compile(new)) {
-        Err(BuildError::Refused(report)) => *report,
+        Err(BuildError::Refused(report)) => file_report(*report),
         Err(error) => panic!("{error}"),
-        Ok((_, report)) => panic!("nothing was refused: {report}"),
+        Ok((_, report)) => panic!("nothing was refused: {report:?}"),
     }
 }
 
@@ -107,7 +132,7 @@ pub(crate) fn refused(old: &str, new: &str) -> BuildReport {
 pub(crate) fn refusal(old: &str, new: &str) -> (String, String, String) {
     let report = refused(old, new);
     let [only] = &report.refused[..] else {
-        panic!("{report}")
+        panic!("{report:?}")
     };
     (only.section.clone(), only.name.clone(), only.reason.clone())
 }

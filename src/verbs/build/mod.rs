@@ -3,9 +3,9 @@
 mod objects;
 
 use serde::Serialize;
-use vmpatch_patcher::build::{BuildOptions, BuildReport, build};
+use vmpatch_patcher::build::{BuildOptions, BuildReport, ObjectPair, build};
 use vmpatch_patcher::patch::file::PatchFile;
-use vmpatch_patcher::patch::{Requirement, check};
+use vmpatch_patcher::patch::{Requirement, VMLINUX, check};
 
 use crate::cli::Build;
 use crate::exit::Failure;
@@ -31,7 +31,14 @@ pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
         requires: requires(asked),
     };
     let objects = Objects::of(asked, output)?;
-    let (patch, report) = build(&objects.old, &objects.new, &options)?;
+    let pair = ObjectPair {
+        file: &objects.file,
+        object: VMLINUX,
+        old: &objects.old,
+        new: &objects.new,
+        wide: None,
+    };
+    let (patch, report) = build(&[pair], &options)?;
     let file = PatchFile::new(patch)?;
     file.save(&asked.output)?;
     let answer = Answer {
@@ -54,7 +61,6 @@ pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
 
 fn requires(asked: &Build) -> Requirement {
     Requirement {
-        object: "vmlinux".to_owned(),
         release: asked.release.clone(),
         build_id: asked.build_id.as_ref().map(|id| id.to_ascii_lowercase()),
     }

@@ -14,6 +14,8 @@ use crate::report::Output;
 
 /// Both objects.
 pub(super) struct Objects {
+    /// What they are called.
+    pub(super) file: String,
     pub(super) old: Vec<u8>,
     pub(super) new: Vec<u8>,
     /// Where they are from, if they were compiled.
@@ -33,6 +35,7 @@ impl Objects {
     pub(super) fn of(asked: &Build, output: &Output) -> Result<Self, Failure> {
         if let (Some(old), Some(new)) = (&asked.old, &asked.new) {
             return Ok(Self {
+                file: new.display().to_string(),
                 old: read(old, "object")?,
                 new: read(new, "object")?,
                 origin: None,
@@ -62,6 +65,7 @@ fn compiled(
     progress.finish_and_clear();
     let Pair { file, old, new, .. } = only(pairs)?;
     Ok(Objects {
+        file: file.display().to_string(),
         old,
         new,
         origin: Some(Origin {

@@ -41,7 +41,7 @@ fn a_patch_name_can_never_be_a_path_or_an_option() {
 fn names_with_control_characters_are_refused() {
     assert!(after(|p| p.replaced[0].name = "a\x1b[2J".to_owned()).contains("function"));
     assert!(after(|p| p.sections[0].name.clear()).contains("section"));
-    assert!(after(|p| p.requires.object = "a b".to_owned()).contains("object"));
+    assert!(after(|p| p.units[0].object = "a b".to_owned()).contains("object"));
     assert!(after(|p| p.requires.release = Some("\n".to_owned())).contains("release"));
     assert!(after(|p| p.requires.build_id = Some("ABCD".repeat(8))).contains("build id"));
     assert!(after(|p| p.replaced[0].old_parts[0].name = "x".repeat(513)).contains("split-off"));

@@ -45,6 +45,7 @@ fn code() -> Code {
 fn symbols() -> Vec<Symbol> {
     let names = ["helper", "__fentry__", "__x86_return_thunk"];
     let guest = |name: &&str| Symbol::Guest {
+        unit: 0,
         name: (*name).into(),
         sympos: None,
     };
@@ -74,7 +75,7 @@ fn guest() -> Fake {
 
 fn compare(live: &Fake) -> Result<Learned, Reason> {
     let (symbols, facts) = (symbols(), facts());
-    let names = Names::look_up(&symbols, live);
+    let names = Names::look_up(&symbols, &[], live);
     let (facts, names) = (&facts, &names);
     let mut learned = Learned::new();
     let matcher = Matcher { live, facts, names };
@@ -119,9 +120,11 @@ fn text_that_ends_in_an_unmapped_page_is_refused() {
 
 fn locate(live: &Fake, sympos: Option<u32>) -> Result<Gva, LocateError> {
     let (symbols, facts, code) = (symbols(), facts(), code());
-    let names = Names::look_up(&symbols, live);
+    let names = Names::look_up(&symbols, &[], live);
     let (facts, names) = (&facts, &names);
     let wanted = Wanted {
+        unit: 0,
+        object: "vmlinux",
         name: "f",
         sympos,
         code: &code,
@@ -200,7 +203,7 @@ proptest! {
         });
         let code = Code { bytes, relocations: fields.collect(), sites: sites.collect() };
         let (symbols, facts) = (symbols(), facts());
-        let names = Names::look_up(&symbols, &live);
+        let names = Names::look_up(&symbols, &[], &live);
         let matcher = Matcher { live: &live, facts: &facts, names: &names };
         let _ = matcher.compare(&code, AT, &mut Learned::new());
     }
