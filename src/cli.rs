@@ -177,14 +177,19 @@ Needs what a kernel needs to be built, the compiler that the configuration names
 
 From two objects, compiled with the flags of the running kernel and two more:
   make KCFLAGS='-ffunction-sections -fdata-sections' fs/proc/version.o
-  vmpatch build --old old.o --new new.o -o fix.vmpatch")]
+  vmpatch build --old old.o --new new.o -o fix.vmpatch
+From those of several files, each with what it is linked into:
+  vmpatch build --old a1.o --new a2.o --object vmlinux --old b1.o --new b2.o --object ext4 -o fix.vmpatch")]
 pub(crate) struct Build {
-    /// Object of the source before the fix.
+    /// Object of a file before the fix. May be given several times, as `--new`.
     #[arg(long, value_name = "FILE", requires = "new", conflicts_with = "source")]
-    pub(crate) old: Option<PathBuf>,
-    /// Object of the source after the fix.
+    pub(crate) old: Vec<PathBuf>,
+    /// Object of the same file after the fix.
     #[arg(long, value_name = "FILE", requires = "old")]
-    pub(crate) new: Option<PathBuf>,
+    pub(crate) new: Vec<PathBuf>,
+    /// What the file is linked into: `vmlinux` or the name of a module. Default: `vmlinux`.
+    #[arg(long, value_name = "OBJECT", requires = "old", value_parser = parse_object)]
+    pub(crate) object: Vec<String>,
     /// Source of the running kernel.
     #[arg(long, value_name = "DIR", requires_all = ["config", "diff"], required_unless_present = "old")]
     pub(crate) source: Option<PathBuf>,
@@ -194,6 +199,9 @@ pub(crate) struct Build {
     /// Diff of the fix, unified, with one folder before each path (`a/`, `b/`).
     #[arg(long, value_name = "FILE", requires = "source")]
     pub(crate) diff: Option<PathBuf>,
+    /// Tell all that was seen, also what is as before.
+    #[arg(long)]
+    pub(crate) explain: bool,
     /// Patch file to write.
     #[arg(long, short, value_name = "FILE")]
     pub(crate) output: PathBuf,
@@ -232,6 +240,16 @@ pub(crate) struct Rollback {
     /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub(crate) timeout: Duration,
+}
+
+/// The kernel itself, or a module by a name that it can have.
+fn parse_object(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
+    if text.is_empty() || !text.chars().all(plain) {
+        return Err("an object is `vmlinux`, or a module as `lsmod` names it".to_owned());
+    }
+    // As the kernel writes it (Linux v6.12 scripts/Makefile.lib, `name-fix-token`).
+    Ok(text.replace('-', "_"))
 }
 
 /// Bytes from `4096`, `512K`, `256M` or `4G`.
@@ -297,6 +315,14 @@ mod tests {
         assert!(parse_size("4X").is_err());
         assert!(parse_size("99999999999G").is_err());
         assert!(parse_size("").is_err());
+    }
+
+    #[test]
+    fn a_module_is_named_as_the_kernel_names_it() {
+        assert_eq!(parse_object("virtio-net").as_deref(), Ok("virtio_net"));
+        for bad in ["", "a/b", "ext4.ko", ".."] {
+            assert!(parse_object(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -22,6 +22,12 @@ struct Answer {
     json: Value,
 }
 
+impl Answer {
+    fn files(&self) -> &[Value] {
+        self.json["files"].as_array().unwrap()
+    }
+}
+
 impl Kernel {
     fn given() -> Option<Self> {
         let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
@@ -55,6 +61,16 @@ impl Kernel {
             code: output.status.code(),
             json: serde_json::from_str(&said).unwrap_or(Value::Null),
         }
+    }
+
+    /// Words that give the objects of samples.
+    fn objects(&self, samples: &[&str]) -> Vec<PathBuf> {
+        let pairs = samples.iter().map(|sample| self.samples.join(sample));
+        let words = pairs.map(|pair| {
+            let (old, new) = (pair.join("old.o"), pair.join("new.o"));
+            ["--old".into(), old, "--new".into(), new]
+        });
+        words.flatten().collect()
     }
 
     fn compile(&self, config: &Path, diff: &Path) -> Answer {
@@ -118,26 +134,30 @@ fn a_diff_gives_the_patch_that_its_objects_give() {
     kernel.refuses(&config, moved, &["nothing changed"]);
     let other = config.replace("gcc-12 (Debian", "gcc-12 (other");
     kernel.refuses(&other, &nothing, &["gcc-12 (other", "here is"]);
-    for sample in ["proc-version", "loadavg-format"] {
-        let pair = kernel.samples.join(sample);
-        let given = [
-            "--old".into(),
-            pair.join("old.o").into_os_string(),
-            "--new".into(),
-            pair.join("new.o").into_os_string(),
-        ];
-        assert_eq!(kernel.build(&given).code, Some(0));
-        let expected = fs::read(kernel.made()).unwrap();
+    for samples in [&["proc-version"][..], &["loadavg-format", "proc-version"]] {
+        let given = kernel.build(&kernel.objects(samples));
+        assert_eq!(given.code, Some(0), "{}", given.json);
         fs::remove_file(kernel.made()).unwrap();
-        let answer = kernel.compile(&kernel.config, &patch(sample));
-        assert_eq!(answer.code, Some(0), "{}", answer.json);
-        assert!(
-            answer.json["compiled"]["file"]
-                .as_str()
-                .unwrap()
-                .starts_with("fs/proc/")
+        let diff = kernel.out.path().join("all.patch");
+        let texts = samples
+            .iter()
+            .map(|it| fs::read_to_string(patch(it)).unwrap());
+        fs::write(&diff, texts.collect::<String>()).unwrap();
+        let compiled = kernel.compile(&kernel.config, &diff);
+        assert_eq!(compiled.code, Some(0), "{}", compiled.json);
+        assert!(kernel.made().exists());
+        fs::remove_file(kernel.made()).unwrap();
+        let (given, compiled) = (given.files(), compiled.files());
+        assert_eq!(
+            (given.len(), compiled.len()),
+            (samples.len(), samples.len())
         );
-        assert!(fs::read(kernel.made()).unwrap() == expected, "{sample}");
-        fs::remove_file(kernel.made()).unwrap();
+        for (given, compiled) in given.iter().zip(compiled) {
+            let file = compiled["file"].as_str().unwrap();
+            assert!(file.starts_with("fs/proc/"), "{file}");
+            for same in ["object", "replaced", "new", "unchanged"] {
+                assert_eq!(given[same], compiled[same], "{file}");
+            }
+        }
     }
 }

@@ -65,6 +65,32 @@ pub struct Pair {
     pub module: Option<String>,
 }
 
+/// The objects of a diff.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Built {
+    /// One for each file that is compiled, sorted.
+    pub pairs: Vec<Pair>,
+    /// What of the diff makes no difference.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A file of the diff, or one that includes it, that is not compiled or makes no difference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Which.
+    pub file: PathBuf,
+    /// Why.
+    pub why: Why,
+}
+
+/// Why a file makes no difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Why {
+    /// Documentation, tools, other processors.
+    #[error("no part of a kernel for x86")]
+    NoPart,
+}
+
 impl Tree {
     /// Makes a tree of this source and configuration ready under `cache`, or takes the one made before. `step` is told
     /// what takes long.
@@ -132,7 +158,7 @@ impl Tree {
     ///
     /// # Errors
     /// [`BuildError`], among others [`BuildError::DoesNotApply`].
-    pub fn compile_both(&self, diff: &Diff, step: &dyn Fn(&str)) -> Result<Vec<Pair>, BuildError> {
+    pub fn compile_both(&self, diff: &Diff, step: &dyn Fn(&str)) -> Result<Built, BuildError> {
         let files = diff.compiled();
         step("compiling without the change");
         let old = self.compile(files)?;
@@ -146,7 +172,14 @@ impl Tree {
             wide: new.wide,
             module: old.module,
         });
-        Ok(pairs.collect())
+        let left_out = diff.ignored().iter().map(|file| LeftOut {
+            file: file.clone(),
+            why: Why::NoPart,
+        });
+        Ok(Built {
+            pairs: pairs.collect(),
+            left_out: left_out.collect(),
+        })
     }
 
     /// The objects of the changed source, each with the one whose static branches are wide.

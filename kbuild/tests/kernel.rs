@@ -72,9 +72,8 @@ fn wide_branches_change_nothing_else() {
         return;
     };
     let tree = kernel.tree();
-    let pairs = tree
-        .compile_both(&patch("dev-valid-name.patch"), &|_| {})
-        .unwrap();
+    let diff = patch("dev-valid-name.patch");
+    let pairs = tree.compile_both(&diff, &|_| {}).unwrap().pairs;
     let wide = pairs[0].wide.as_ref().unwrap();
     assert_eq!(data(wide), data(&pairs[0].new));
     let (short, wide) = (code(&pairs[0].new), code(wide));

@@ -92,6 +92,7 @@ impl FileReport {
     }
 }
 
+/// What differs; the alternate form (`{:#}`) also tells how many functions are as before.
 impl fmt::Display for FileReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for it in &self.replaced {
@@ -111,7 +112,10 @@ impl fmt::Display for FileReport {
         for it in &self.refused {
             writeln!(f, "refused   {it}")?;
         }
-        writeln!(f, "unchanged {} functions", self.unchanged)
+        match f.alternate() {
+            true => writeln!(f, "unchanged {} functions", self.unchanged),
+            false => Ok(()),
+        }
     }
 }
 
@@ -150,17 +154,5 @@ impl fmt::Display for Refused {
             write!(f, "+{offset:#x}")?;
         }
         write!(f, ": {}", self.reason)
-    }
-}
-
-impl fmt::Display for BuildReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for file in &self.files {
-            if self.files.len() > 1 {
-                writeln!(f, "{} ({})", file.file, file.object)?;
-            }
-            write!(f, "{file}")?;
-        }
-        Ok(())
     }
 }

@@ -1,28 +1,18 @@
-//! `vmpatch build`: a patch file from two objects, given or compiled from the diff of a fix.
+//! `vmpatch build`: a patch file from pairs of objects, given or compiled from the diff of a fix.
 
+mod answer;
+mod given;
 mod objects;
 
-use serde::Serialize;
-use vmpatch_patcher::build::{BuildOptions, BuildReport, ObjectPair, build};
+use vmpatch_patcher::build::{BuildError, BuildOptions, build};
 use vmpatch_patcher::patch::file::PatchFile;
-use vmpatch_patcher::patch::{Requirement, VMLINUX, check};
+use vmpatch_patcher::patch::{Requirement, check};
 
 use crate::cli::Build;
 use crate::exit::Failure;
 use crate::report::Output;
-use objects::{Objects, Origin};
-
-#[derive(Serialize)]
-struct Answer {
-    result: &'static str,
-    patch: String,
-    digest: String,
-    file: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    compiled: Option<Origin>,
-    #[serde(flatten)]
-    report: BuildReport,
-}
+use answer::Answer;
+use objects::Objects;
 
 /// Compares the objects and writes the patch.
 pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
@@ -31,14 +21,8 @@ pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
         requires: requires(asked),
     };
     let objects = Objects::of(asked, output)?;
-    let pair = ObjectPair {
-        file: &objects.file,
-        object: VMLINUX,
-        old: &objects.old,
-        new: &objects.new,
-        wide: None,
-    };
-    let (patch, report) = build(&[pair], &options)?;
+    let (patch, report) =
+        build(&objects.pairs(), &options).map_err(|error| refusal(error, asked.explain))?;
     let file = PatchFile::new(patch)?;
     file.save(&asked.output)?;
     let answer = Answer {
@@ -49,14 +33,25 @@ pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
         compiled: objects.origin,
         report,
     };
-    output.answer(&answer, |answer| {
-        let origin = answer
-            .compiled
-            .as_ref()
-            .map_or_else(String::new, |origin| format!("{origin}\n"));
-        format!("{origin}{}\nwritten to {}", answer.report, answer.file)
-    });
+    output.answer(&answer, |answer| answer.text(asked.explain));
     Ok(())
+}
+
+/// Why there is no patch, with all that was seen if that is asked for.
+fn refusal(error: BuildError, explain: bool) -> Failure {
+    let seen = match &error {
+        BuildError::Refused(report) | BuildError::NothingChanged(report) if explain => {
+            format!("\n{}", answer::report(report, true))
+        }
+        _ => String::new(),
+    };
+    match Failure::from(error) {
+        Failure::Refused { reason, details } => Failure::Refused {
+            reason: reason + &seen,
+            details,
+        },
+        other => other,
+    }
 }
 
 fn requires(asked: &Build) -> Requirement {
@@ -113,7 +108,11 @@ mod tests {
             let all = ["vmpatch", "build", "-o", "x.vmpatch"];
             Cli::try_parse_from(all.into_iter().chain(words.split_whitespace()))
         };
-        for good in ["--old a --new b", "--source s --config c --diff d"] {
+        for good in [
+            "--old a --new b",
+            "--old a --new b --old c --new d --object ext4 --object vmlinux",
+            "--source s --config c --diff d --explain",
+        ] {
             assert!(parse(good).is_ok(), "{good}");
         }
         for bad in [
@@ -125,6 +124,8 @@ mod tests {
             "--config c --diff d",
             "--old a --new b --source s --config c --diff d",
             "--old a --new b --diff d",
+            "--source s --config c --diff d --object ext4",
+            "--old a --new b --object a/b",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
