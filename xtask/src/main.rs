@@ -4,6 +4,7 @@ mod apt;
 mod checksum;
 mod commands;
 mod comparisons;
+mod corpus;
 mod cpio;
 mod dependencies;
 mod documents;
@@ -46,6 +47,8 @@ enum Task {
     Test(commands::test::TestArgs),
     /// Apply and roll back many times in one boot of a busy guest
     Soak(commands::soak::SoakArgs),
+    /// Put real fixes of Linux through the whole way of a patch
+    Corpus(commands::corpus::CorpusArgs),
     /// Measure, each bench ending with one line of JSON
     #[command(subcommand)]
     Bench(commands::bench::Bench),
@@ -79,6 +82,7 @@ fn dispatch(task: Task) -> Result<i32> {
         Task::Demo(args) => commands::demo::run(&args),
         Task::Test(args) => commands::test::run(&args),
         Task::Soak(args) => commands::soak::run(&args),
+        Task::Corpus(args) => commands::corpus::run(&args),
         Task::Bench(bench) => commands::bench::run(&bench),
         Task::Images(args) => commands::images::run(&args),
         Task::Lint => commands::lint::run(),

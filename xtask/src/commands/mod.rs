@@ -1,6 +1,7 @@
 //! One file a developer command.
 
 pub(crate) mod bench;
+pub(crate) mod corpus;
 pub(crate) mod demo;
 pub(crate) mod host;
 pub(crate) mod images;

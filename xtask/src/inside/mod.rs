@@ -1,9 +1,12 @@
 //! Drivers that run where stock kernels can run: in the test host, or directly. Started by the commands of the same name with
 //! everything prepared; they find it by the variables of [`crate::workbench`].
 
+mod corpus;
 mod demo;
 mod soak;
 pub(crate) mod stats;
+
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -15,6 +18,11 @@ pub(crate) enum Inside {
     Demo {
         /// The guest
         guest: String,
+    },
+    /// Try every patch of a plan
+    Corpus {
+        /// Folder of the plan and the results
+        out: PathBuf,
     },
     /// Patch and roll back many times
     Soak {
@@ -28,6 +36,7 @@ pub(crate) enum Inside {
 /// Runs a driver.
 pub(crate) fn run(inside: &Inside) -> Result<i32> {
     match inside {
+        Inside::Corpus { out } => corpus::run(out),
         Inside::Demo { guest } => demo::run(guest),
         Inside::Soak { guest, cycles } => soak::run(guest, *cycles),
     }
