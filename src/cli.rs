@@ -199,6 +199,9 @@ pub(crate) struct Build {
     /// Diff of the fix, unified, with one folder before each path (`a/`, `b/`).
     #[arg(long, value_name = "FILE", requires = "source")]
     pub(crate) diff: Option<PathBuf>,
+    /// How many files may be compiled because they include a header that the diff changes.
+    #[arg(long, value_name = "N", default_value_t = 64, requires = "diff")]
+    pub(crate) most_objects: usize,
     /// Tell all that was seen, also what is as before.
     #[arg(long)]
     pub(crate) explain: bool,

@@ -134,6 +134,24 @@ fn a_diff_gives_the_patch_that_its_objects_give() {
     kernel.refuses(&config, moved, &["nothing changed"]);
     let other = config.replace("gcc-12 (Debian", "gcc-12 (other");
     kernel.refuses(&other, &nothing, &["gcc-12 (other", "here is"]);
+    let arm = moved.replace("fs/ext4/super.c", "arch/x86/boot/main.c");
+    kernel.refuses(
+        &config,
+        &arm,
+        &["arch/x86/boot/main.c", "before the kernel"],
+    );
+    let absent = moved.replace("fs/ext4/super.c", "drivers/net/hamradio/6pack.c");
+    kernel.refuses(
+        &config,
+        &absent,
+        &["nothing that this configuration builds", "6pack.c"],
+    );
+    let everywhere = moved.replace("fs/ext4/super.c", "include/linux/list.h");
+    kernel.refuses(
+        &config,
+        &everywhere,
+        &["include/linux/list.h", "more than 64"],
+    );
     for samples in [&["proc-version"][..], &["loadavg-format", "proc-version"]] {
         let given = kernel.build(&kernel.objects(samples));
         assert_eq!(given.code, Some(0), "{}", given.json);
@@ -160,4 +178,34 @@ fn a_diff_gives_the_patch_that_its_objects_give() {
             }
         }
     }
+}
+
+/// Of the files that include the header two come out otherwise, each of another module. What the differ says of them is not
+/// asked here.
+#[test]
+fn a_changed_header_is_followed_into_what_it_is_compiled_into() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let header = fs::read_to_string(kernel.source.join("fs/fat/fat.h")).unwrap();
+    let line = "\tunsigned char s = name[0];\n";
+    let (before, _) = header.split_once(line).unwrap();
+    let number = before.lines().count() + 1;
+    let hunk = format!(
+        "@@ -{number} +{number} @@\n-{line}+{}",
+        line.replace(";", " ^ 1;")
+    );
+    let diff = kernel.out.path().join("header.patch");
+    let head = "--- a/fs/fat/fat.h\n+++ b/fs/fat/fat.h\n";
+    fs::write(&diff, format!("{head}{hunk}")).unwrap();
+    let answer = kernel.compile(&kernel.config, &diff);
+    let files = answer
+        .json
+        .pointer("/report/files")
+        .unwrap_or(&answer.json["files"]);
+    let files = files.as_array().unwrap().iter();
+    let files: Vec<_> = files.map(|file| (&file["file"], &file["object"])).collect();
+    assert_eq!(files[0], (&"fs/fat/dir.c".into(), &"fat".into()));
+    assert_eq!(files[1], (&"fs/fat/namei_vfat.c".into(), &"vfat".into()));
+    assert_eq!(files.len(), 2, "{files:?}");
 }

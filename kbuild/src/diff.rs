@@ -2,14 +2,18 @@
 //! `patch` does.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 /// A unified diff, as `git format-patch`, `git diff` and `diff -u` write it, with one folder before each path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diff {
+    /// What it does to the files that count.
     text: Vec<u8>,
-    /// Files that are compiled, relative to the root of the source.
+    /// Files that are compiled, or included by those that are, relative to the root of the source.
     compiled: Vec<PathBuf>,
+    /// Headers.
+    headers: Vec<PathBuf>,
     /// Files that no kernel is made of.
     ignored: Vec<PathBuf>,
 }
@@ -51,7 +55,8 @@ pub enum DiffError {
     },
 }
 
-struct Files<'a>(&'a [PathBuf]);
+/// Names of files, for people.
+pub(crate) struct Files<'a>(pub(crate) &'a [PathBuf]);
 
 impl fmt::Display for Files<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -66,19 +71,34 @@ impl fmt::Display for Files<'_> {
 
 /// What a file is to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
-    /// Compiled to an object of its own.
+pub(crate) enum Part {
+    /// Compiled to an object of its own, or included by one that is.
     Source,
     /// Included by others.
     Header,
+    /// Code that is no part of the kernel's text: it runs before the kernel, or in user space.
+    Apart,
     /// Tells how it is built.
     Rule,
     /// No part of it.
     None,
 }
 
+/// Folders of such code, and of its headers.
+const APART: [&str; 7] = [
+    "arch/x86/boot",
+    "arch/x86/entry/vdso",
+    "arch/x86/include/asm/vdso",
+    "arch/x86/purgatory",
+    "arch/x86/realmode/rm",
+    "drivers/firmware/efi/libstub",
+    "include/vdso",
+];
+/// Files in them that are part of the kernel all the same (Linux v6.12 arch/x86/entry/vdso/Makefile, obj-y).
+const NOT_APART: [&str; 2] = ["arch/x86/entry/vdso/extable.c", "arch/x86/entry/vdso/vma.c"];
+
 impl Part {
-    fn of(path: &Path) -> Self {
+    pub(crate) fn of(path: &Path) -> Self {
         let mut parts = path
             .components()
             .map(|part| part.as_os_str().to_string_lossy());
@@ -92,9 +112,13 @@ impl Part {
             (Some("scripts"), _) => return Self::Rule,
             _ => {}
         }
+        let apart = APART.iter().any(|folder| path.starts_with(folder));
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let ending = path.extension().unwrap_or_default().to_string_lossy();
         match &*ending {
+            "c" | "S" | "h" if apart && !NOT_APART.iter().any(|it| path == Path::new(it)) => {
+                Self::Apart
+            }
             "c" => Self::Source,
             "S" if !name.ends_with(".lds.S") => Self::Source,
             "h" => Self::Header,
@@ -116,51 +140,72 @@ impl Diff {
     /// # Errors
     /// [`DiffError`].
     pub fn parse(text: &[u8]) -> Result<Self, DiffError> {
-        let changes = changes(text)?;
+        let (text, changes) = changes(text)?;
         if changes.is_empty() {
             return Err(DiffError::Empty);
         }
         let (mut compiled, mut ignored) = (Vec::new(), Vec::new());
         let (mut headers, mut rules, mut moved) = (Vec::new(), Vec::new(), Vec::new());
-        for (old, new) in changes {
+        let (mut apart, mut kept) = (Vec::new(), Vec::new());
+        for Change { old, new, lines } in changes {
             let (path, whole) = match (old, new) {
                 (Side::File(old), Side::File(new)) if old == new => (new, false),
                 (Side::File(path), _) | (Side::Absent, Side::File(path)) => (path, true),
                 (Side::Absent, Side::Absent) => continue,
             };
             match Part::of(&path) {
-                Part::None => ignored.push(path),
+                Part::None => {
+                    ignored.push(path);
+                    continue;
+                }
+                Part::Apart => apart.push(path),
                 _ if whole => moved.push(path),
                 Part::Source => compiled.push(path),
                 Part::Header => headers.push(path),
                 Part::Rule => rules.push(path),
             }
+            for line in text.get(lines).into_iter().flatten() {
+                kept.extend_from_slice(line);
+                kept.push(b'\n');
+            }
         }
         for (files, why) in [
             (moved, "files that come, go or move are not understood yet"),
-            (headers, "which objects include a header is not known yet"),
+            (
+                apart,
+                "this runs before the kernel, or in user space, and is no part of the kernel's text",
+            ),
             (rules, "how the kernel is built cannot change yet"),
         ] {
             if !files.is_empty() {
                 return Err(DiffError::NotYet { files, why });
             }
         }
-        compiled.sort();
-        compiled.dedup();
-        if compiled.is_empty() {
+        for files in [&mut compiled, &mut headers, &mut ignored] {
+            files.sort();
+            files.dedup();
+        }
+        if compiled.is_empty() && headers.is_empty() {
             return Err(DiffError::NothingCompiled(ignored));
         }
         Ok(Self {
-            text: text.to_vec(),
+            text: kept,
             compiled,
+            headers,
             ignored,
         })
     }
 
-    /// As it was read.
+    /// What it does to sources and headers, as `patch` reads it.
     #[must_use]
     pub fn text(&self) -> &[u8] {
         &self.text
+    }
+
+    /// The headers, sorted, relative to the root of the source.
+    #[must_use]
+    pub fn headers(&self) -> &[PathBuf] {
+        &self.headers
     }
 
     /// The files that are compiled, sorted, relative to the root of the source.
@@ -176,15 +221,32 @@ impl Diff {
     }
 }
 
-/// Both sides of each file's change, in the order of the diff.
-fn changes(text: &[u8]) -> Result<Vec<(Side, Side)>, DiffError> {
-    let mut found = Vec::new();
+/// What is done to one file.
+struct Change {
+    old: Side,
+    new: Side,
+    /// Its lines in the diff, from 0.
+    lines: Range<usize>,
+}
+
+/// The lines of a diff, and each file's change in its order.
+fn changes(text: &[u8]) -> Result<(Vec<&[u8]>, Vec<Change>), DiffError> {
+    let mut found: Vec<Change> = Vec::new();
     let text = text.strip_suffix(b"\n").unwrap_or(text);
-    let mut lines = (1..).zip(text.split(|byte| *byte == b'\n'));
+    let all: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
+    let mut lines = (1..).zip(all.iter().copied());
     while let Some((number, line)) = lines.next() {
         let malformed = |line, what| DiffError::Malformed { line, what };
         if line.starts_with(b"@@ ") {
-            skip_hunk(number, line, &mut lines)?;
+            let last = skip_hunk(number, line, &mut lines)?;
+            if let Some(change) = found.last_mut() {
+                change.lines.end = last;
+            }
+        } else if line.starts_with(b"\\ ") {
+            // "No newline at end of file", of the last line of a hunk.
+            if let Some(change) = found.last_mut() {
+                change.lines.end = number;
+            }
         } else if line.starts_with(b"GIT binary patch") || line.starts_with(b"Binary files ") {
             return Err(malformed(number, "a change of a binary file is no text"));
         } else if let Some(old) = line.strip_prefix(b"--- ") {
@@ -195,7 +257,11 @@ fn changes(text: &[u8]) -> Result<Vec<(Side, Side)>, DiffError> {
             else {
                 continue;
             };
-            found.push((side(number, old)?, side(at, new)?));
+            found.push(Change {
+                old: side(number, old)?,
+                new: side(at, new)?,
+                lines: number - 1..at,
+            });
         } else if line.starts_with(b"rename from ") || line.starts_with(b"copy from ") {
             return Err(malformed(
                 number,
@@ -203,15 +269,15 @@ fn changes(text: &[u8]) -> Result<Vec<(Side, Side)>, DiffError> {
             ));
         }
     }
-    Ok(found)
+    Ok((all, found))
 }
 
-/// Passes over the lines of a hunk, which may look like anything.
+/// Passes over the lines of a hunk, which may look like anything. Returns the number of the last.
 fn skip_hunk<'a>(
     number: usize,
     head: &[u8],
     lines: &mut impl Iterator<Item = (usize, &'a [u8])>,
-) -> Result<(), DiffError> {
+) -> Result<usize, DiffError> {
     let malformed = |line, what| DiffError::Malformed { line, what };
     let counts = hunk(head)
         .ok_or_else(|| malformed(number, "a hunk begins with `@@ -LINE,COUNT +LINE,COUNT @@`"))?;
@@ -239,7 +305,7 @@ fn skip_hunk<'a>(
             .zip(left(new, of_new))
             .ok_or_else(|| malformed(at, "a hunk has more lines than its head says"))?;
     }
-    Ok(())
+    Ok(last)
 }
 
 /// Lines of the old and of the new side.
@@ -319,13 +385,38 @@ diff --git a/Documentation/a.rst b/Documentation/a.rst
         let diff = Diff::parse(FIX.as_bytes()).unwrap();
         assert_eq!(diff.compiled(), [PathBuf::from("fs/a.c")]);
         assert_eq!(diff.ignored(), [PathBuf::from("Documentation/a.rst")]);
-        assert_eq!(diff.text(), FIX.as_bytes());
+        let text = str::from_utf8(diff.text()).unwrap();
+        assert!(
+            text.starts_with("--- a/fs/a.c\n+++ b/fs/a.c\t2026-01-01\n@@ "),
+            "{text}"
+        );
+        assert!(text.ends_with("\n++++ b/not/a.c\n three\n"), "{text}");
+    }
+
+    #[test]
+    fn what_is_said_of_the_end_of_a_file_stays_with_its_hunk() {
+        let text = of("a/fs/a.c", "b/fs/a.c") + "\\ No newline at end of file\n";
+        let diff = Diff::parse(text.as_bytes()).unwrap();
+        assert_eq!(str::from_utf8(diff.text()), Ok(&*text));
+    }
+
+    #[test]
+    fn headers_are_told_apart_from_what_is_compiled() {
+        let text = of("a/fs/a.h", "b/fs/a.h") + &of("a/fs/a.c", "b/fs/a.c");
+        let diff = Diff::parse(text.as_bytes()).unwrap();
+        assert_eq!(diff.headers(), [PathBuf::from("fs/a.h")]);
+        assert_eq!(diff.compiled(), [PathBuf::from("fs/a.c")]);
+        assert_eq!(str::from_utf8(diff.text()), Ok(&*text));
     }
 
     #[test]
     fn what_is_not_understood_is_refused_by_name() {
         for (path, part) in [
-            ("include/net/sock.h", "include a header"),
+            (
+                "arch/x86/entry/vdso/vclock_gettime.c",
+                "no part of the kernel's text",
+            ),
+            ("include/vdso/helpers.h", "no part of the kernel's text"),
             ("fs/Makefile", "how the kernel is built"),
             ("arch/x86/kernel/vmlinux.lds.S", "how the kernel is built"),
             ("scripts/sorttable.c", "how the kernel is built"),

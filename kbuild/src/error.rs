@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::diff::DiffError;
+use crate::diff::{DiffError, Files};
 
 /// Why no objects were made.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,31 @@ pub enum BuildError {
         /// What `patch` said.
         said: String,
     },
+    /// Nothing that the diff changes is built.
+    #[error("the diff changes nothing that this configuration builds, only {}", Files(.0))]
+    NotBuilt(Vec<PathBuf>),
+    /// More files include something than may be compiled.
+    #[error(
+        "{} may be included by {count} files ({}, …), more than {most}: --most-objects allows more",
+        file.display(),
+        Files(first)
+    )]
+    TooMany {
+        /// What is included.
+        file: PathBuf,
+        /// How many include it, or may.
+        count: usize,
+        /// How many may be compiled.
+        most: usize,
+        /// Some of them.
+        first: Vec<PathBuf>,
+    },
+    /// All includers come out the same.
+    #[error("nothing changed: {0} files that include what the diff changes come out the same")]
+    AllTheSame(usize),
+    /// The layout of types changes that assembly knows.
+    #[error("the diff changes {0}, from which all assembly of the kernel is made")]
+    Offsets(&'static str),
     /// The kernel's header of static branches has no jump of a known form.
     #[error("{0} has no jump as it is known here: static branches of new code cannot be made wide")]
     NoBranches(PathBuf),

@@ -4,16 +4,21 @@
 //!
 //! ```text
 //! source, config ─ Tree (made ready once, kept) ──┐
-//! fix.patch ────── Diff ──────────────────────────┴─ compile ─ patch ─ compile ─ restore ─ Pairs
+//! fix.patch ────── Diff ──────────────────────────┴─ affected ─ compile ─ patch ─ compile ─ restore ─ Built
 //! ```
 //!
 //! The source itself is never written to: a tree of links stands before it ([`shadow`]).
 
+mod affected;
 pub mod cache;
+mod code;
 pub mod command;
 mod compiler;
+mod configured;
 pub mod diff;
 mod error;
+pub mod fix;
+mod includes;
 mod lines;
 pub mod shadow;
 pub mod tree;
@@ -21,4 +26,5 @@ mod wide;
 
 pub use diff::Diff;
 pub use error::BuildError;
-pub use tree::{Compiled, Pair, Tree};
+pub use fix::{Built, Pair};
+pub use tree::{Compiled, Tree};

@@ -1,7 +1,6 @@
 //! A source made ready to compile single files of it, with a configuration and the compiler it names. Kept in the
 //! cache: making it ready takes a minute, compiling one file then seconds.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,11 +9,9 @@ use sha2::{Digest, Sha256};
 
 use crate::command;
 use crate::compiler::Compiler;
-use crate::diff::Diff;
+use crate::configured::{self, Configured};
 use crate::error::{At, BuildError};
-use crate::lines;
 use crate::shadow::Shadow;
-use crate::wide;
 
 /// What is added to the kernel's own flags: each function and each datum in a section of its own, so that a change is
 /// seen where it is.
@@ -26,9 +23,9 @@ const NAME: usize = 16;
 /// See the module.
 #[derive(Debug)]
 pub struct Tree {
-    source: PathBuf,
-    shadow: Shadow,
-    out: PathBuf,
+    pub(crate) source: PathBuf,
+    pub(crate) shadow: Shadow,
+    pub(crate) out: PathBuf,
     compiler: Compiler,
     /// Held as long as the tree is: two commands in one tree would compile each other's source.
     _lock: fs::File,
@@ -41,54 +38,6 @@ pub struct Compiled {
     pub object: Vec<u8>,
     /// The module that it is linked into; `None` for vmlinux.
     pub module: Option<String>,
-}
-
-/// What became of one file with the change.
-struct Changed {
-    object: Vec<u8>,
-    wide: Option<Vec<u8>>,
-}
-
-/// One file before and after the fix.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pair {
-    /// The file, relative to the root of the source.
-    pub file: PathBuf,
-    /// Before.
-    pub old: Vec<u8>,
-    /// After.
-    pub new: Vec<u8>,
-    /// After, compiled such that each static branch takes five bytes and nothing else differs; `None` where there is none.
-    /// The guest has the short ones, so old and new are compared without it; it is what new code is taken from.
-    pub wide: Option<Vec<u8>>,
-    /// The module that it is linked into; `None` for vmlinux.
-    pub module: Option<String>,
-}
-
-/// The objects of a diff.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Built {
-    /// One for each file that is compiled, sorted.
-    pub pairs: Vec<Pair>,
-    /// What of the diff makes no difference.
-    pub left_out: Vec<LeftOut>,
-}
-
-/// A file of the diff, or one that includes it, that is not compiled or makes no difference.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LeftOut {
-    /// Which.
-    pub file: PathBuf,
-    /// Why.
-    pub why: Why,
-}
-
-/// Why a file makes no difference.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Why {
-    /// Documentation, tools, other processors.
-    #[error("no part of a kernel for x86")]
-    NoPart,
 }
 
 impl Tree {
@@ -137,7 +86,7 @@ impl Tree {
         let to = self.out.join(".config");
         fs::write(&to, config).at(&to)?;
         self.make(&["olddefconfig"])?;
-        self.make(&["prepare"])
+        self.make(&["prepare"]).map(drop)
     }
 
     /// What the compiler says of itself.
@@ -146,126 +95,11 @@ impl Tree {
         &self.compiler.version
     }
 
-    /// Compiles these files as they are in the source, in their order.
+    /// Compiles these files as they stand in the tree, in their order: as they are in the source, unless a change is made.
     ///
     /// # Errors
     /// [`BuildError`].
     pub fn compile(&self, files: &[PathBuf]) -> Result<Vec<Compiled>, BuildError> {
-        self.compile_as_they_stand(files)
-    }
-
-    /// Compiles the files that a diff changes, without and with it. What the change only moves keeps its line numbers.
-    ///
-    /// # Errors
-    /// [`BuildError`], among others [`BuildError::DoesNotApply`].
-    pub fn compile_both(&self, diff: &Diff, step: &dyn Fn(&str)) -> Result<Built, BuildError> {
-        let files = diff.compiled();
-        step("compiling without the change");
-        let old = self.compile(files)?;
-        let new = self.compile_changed(diff, step);
-        self.shadow.restore()?;
-        let sides = files.iter().zip(old).zip(new?);
-        let pairs = sides.map(|((file, old), new)| Pair {
-            file: file.clone(),
-            old: old.object,
-            new: new.object,
-            wide: new.wide,
-            module: old.module,
-        });
-        let left_out = diff.ignored().iter().map(|file| LeftOut {
-            file: file.clone(),
-            why: Why::NoPart,
-        });
-        Ok(Built {
-            pairs: pairs.collect(),
-            left_out: left_out.collect(),
-        })
-    }
-
-    /// The objects of the changed source, each with the one whose static branches are wide.
-    fn compile_changed(
-        &self,
-        diff: &Diff,
-        step: &dyn Fn(&str),
-    ) -> Result<Vec<Changed>, BuildError> {
-        step("compiling with the change");
-        self.apply(diff)?;
-        let files = diff.compiled();
-        let new = self.compile_as_they_stand(files)?;
-        let branching = files.iter().zip(&new);
-        let branching = branching.filter(|(_, new)| wide::has_branches(&new.object));
-        let branching: Vec<_> = branching.map(|(file, _)| file.clone()).collect();
-        step("compiling with wide static branches");
-        let mut made = self.compile_wide(&branching)?;
-        let changed = files.iter().zip(new).map(|(file, new)| Changed {
-            object: new.object,
-            wide: made.remove(file),
-        });
-        Ok(changed.collect())
-    }
-
-    /// Compiles files as they stand, but for the header of static branches.
-    fn compile_wide(&self, files: &[PathBuf]) -> Result<HashMap<PathBuf, Vec<u8>>, BuildError> {
-        if files.is_empty() {
-            return Ok(HashMap::new());
-        }
-        let header = Path::new(wide::HEADER);
-        let at = self.shadow.root().join(header);
-        let text = fs::read_to_string(&at).at(&at)?;
-        let text = wide::header(&text).ok_or_else(|| BuildError::NoBranches(header.to_owned()))?;
-        self.shadow.stand_in(header, &text)?;
-        let made = self.compile_as_they_stand(files);
-        self.shadow.stand_back(header)?;
-        let objects = made?.into_iter().map(|made| made.object);
-        let made: HashMap<_, _> = files.iter().cloned().zip(objects).collect();
-        for (file, object) in &made {
-            wide::check(&file.display().to_string(), object)?;
-        }
-        Ok(made)
-    }
-
-    /// Applies the diff to the shadow, whose files of it are the shadow's own.
-    fn apply(&self, diff: &Diff) -> Result<(), BuildError> {
-        let files = diff.compiled().iter().chain(diff.ignored());
-        // The source may come without its documentation; `patch` would want it.
-        let files = files.filter(|file| self.shadow.original(file).is_file());
-        self.shadow.change(&files.cloned().collect::<Vec<_>>())?;
-        let text = self.out.join("fix.patch");
-        fs::write(&text, diff.text()).at(&text)?;
-        let mut patch = Command::new("patch");
-        patch.args([
-            "-p1",
-            "--forward",
-            "--batch",
-            "--no-backup-if-mismatch",
-            // Lines of a hunk that are not there show that the source is another one.
-            "--fuzz=0",
-            "--reject-file=-",
-            "-i",
-        ]);
-        let output = command::finish(patch.arg(&text).current_dir(self.shadow.root()))?;
-        if !output.status.success() {
-            return Err(BuildError::DoesNotApply {
-                source_dir: self.source.clone(),
-                said: command::last_words(&output),
-            });
-        }
-        diff.compiled()
-            .iter()
-            .try_for_each(|file| self.keep_lines(file))
-    }
-
-    /// Gives what stands below the changes of a file of C the numbers of its lines back.
-    fn keep_lines(&self, file: &Path) -> Result<(), BuildError> {
-        if file.extension().is_none_or(|ending| ending != "c") {
-            return Ok(());
-        }
-        let (from, to) = (self.source.join(file), self.shadow.root().join(file));
-        let (old, new) = (fs::read(&from).at(&from)?, fs::read(&to).at(&to)?);
-        fs::write(&to, lines::kept(&old, &new)).at(&to)
-    }
-
-    fn compile_as_they_stand(&self, files: &[PathBuf]) -> Result<Vec<Compiled>, BuildError> {
         let objects: Vec<_> = files.iter().map(|file| file.with_extension("o")).collect();
         for object in &objects {
             let made = self.out.join(object);
@@ -293,7 +127,17 @@ impl Tree {
         })
     }
 
-    fn make(&self, targets: &[&str]) -> Result<(), BuildError> {
+    /// Which of these files the configuration builds.
+    pub(crate) fn configured(&self, files: &[PathBuf]) -> Result<Configured, BuildError> {
+        let question = self.out.join("vmpatch.mk");
+        fs::write(&question, configured::question(files)).at(&question)?;
+        let read = format!("--eval=include {}", question.display());
+        let answer = self.make(&[&read, configured::GOAL])?;
+        Ok(Configured::read(&String::from_utf8_lossy(&answer)))
+    }
+
+    /// What the kernel's own build says, or why it failed.
+    fn make(&self, targets: &[&str]) -> Result<Vec<u8>, BuildError> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let mut make = Command::new("make");
         make.args(["-s", &format!("-j{cores}")])
@@ -306,7 +150,7 @@ impl Tree {
             .env_remove("KCFLAGS")
             .current_dir(self.shadow.root());
         let what = format!("the kernel's own `make {}`", targets.join(" "));
-        command::succeed(&what, &mut make).map(drop)
+        Ok(command::succeed(&what, &mut make)?.stdout)
     }
 }
 

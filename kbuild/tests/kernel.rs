@@ -73,7 +73,7 @@ fn wide_branches_change_nothing_else() {
     };
     let tree = kernel.tree();
     let diff = patch("dev-valid-name.patch");
-    let pairs = tree.compile_both(&diff, &|_| {}).unwrap().pairs;
+    let pairs = tree.compile_both(&diff, 0, &|_| {}).unwrap().pairs;
     let wide = pairs[0].wide.as_ref().unwrap();
     assert_eq!(data(wide), data(&pairs[0].new));
     let (short, wide) = (code(&pairs[0].new), code(wide));

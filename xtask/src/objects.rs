@@ -35,7 +35,7 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
     let diff = Diff::parse(&text).with_context(|| path.display().to_string())?;
     let recipe = images::recipe(manifest, guest)?;
     let dir = cached(guest, patch, &recipe, &text, |tree, into| {
-        let mut pairs = tree.compile_both(&diff, &|_| {})?.pairs;
+        let mut pairs = tree.compile_both(&diff, 0, &|_| {})?.pairs;
         let (Some(pair), true) = (pairs.pop(), pairs.is_empty()) else {
             bail!("{patch} changes more than one file");
         };

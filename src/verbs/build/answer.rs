@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 use vmpatch_patcher::build::{BuildReport, FileReport};
 
-use super::objects::Origin;
+use super::objects::{Ignored, Origin};
 
 /// The answer of a build that made a patch.
 #[derive(Serialize)]
@@ -24,19 +24,31 @@ pub(super) struct Answer {
 impl Answer {
     /// For people; `explain` tells what is as before too.
     pub(super) fn text(&self, explain: bool) -> String {
-        let origin = self.compiled.as_ref().map_or_else(String::new, origin);
+        let origin = self.compiled.as_ref();
+        let origin = origin.map_or_else(String::new, |it| it.text(explain));
         let report = report(&self.report, explain);
         format!("{origin}{report}\nwritten to {}", self.file)
     }
 }
 
-fn origin(origin: &Origin) -> String {
-    let mut text = format!("compiled by {}\n", origin.compiler);
-    for ignored in &origin.ignored {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "ignored   {}: {}", ignored.file, ignored.reason);
+impl Origin {
+    /// For people; files that need not have been compiled are only counted unless all is to be told.
+    fn text(&self, explain: bool) -> String {
+        let mut text = format!("compiled by {}\n", self.compiler);
+        let told = |it: &&Ignored| explain || !it.same;
+        for ignored in self.ignored.iter().filter(told) {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "ignored   {}: {}", ignored.file, ignored.reason);
+        }
+        let same = self.ignored.iter().filter(|it| !told(it)).count();
+        if same > 0 {
+            let _ = writeln!(
+                text,
+                "ignored   {same} files that include what is changed and come out the same"
+            );
+        }
+        text
     }
-    text
 }
 
 /// What was found, file by file.
@@ -64,7 +76,7 @@ fn is_silent(file: &FileReport) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use vmpatch_patcher::build::{Ignored, Replaced};
+    use vmpatch_patcher::build::{self, Replaced};
 
     use super::*;
 
@@ -75,7 +87,7 @@ mod tests {
             old_bytes: 1,
             new_bytes: 2,
         };
-        let ignored = Ignored {
+        let ignored = build::Ignored {
             what: "g".to_owned(),
             reason: "moved".to_owned(),
         };
@@ -108,5 +120,25 @@ mod tests {
             "{all}"
         );
         assert_eq!(all.matches("unchanged").count(), 2);
+    }
+
+    #[test]
+    fn files_that_came_out_the_same_are_counted_and_named_when_asked() {
+        let ignored = |file: &str, same| Ignored {
+            file: file.to_owned(),
+            reason: "why".to_owned(),
+            same,
+        };
+        let origin = Origin {
+            compiler: "gcc".to_owned(),
+            ignored: vec![ignored("a.rst", false), ignored("b.c", true)],
+        };
+        let short = origin.text(false);
+        assert!(
+            short.contains("a.rst: why") && short.contains(" 1 files"),
+            "{short}"
+        );
+        assert!(!short.contains("b.c"), "{short}");
+        assert!(origin.text(true).contains("b.c: why"));
     }
 }

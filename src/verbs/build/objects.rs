@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::anyhow;
 use serde::Serialize;
-use vmpatch_kbuild::tree::LeftOut;
+use vmpatch_kbuild::fix::{LeftOut, Why};
 use vmpatch_kbuild::{Diff, Pair, Tree};
 use vmpatch_patcher::build::ObjectPair;
 use vmpatch_patcher::patch::VMLINUX;
@@ -45,6 +45,9 @@ pub(super) struct Origin {
 pub(super) struct Ignored {
     pub(super) file: String,
     pub(super) reason: String,
+    /// It was compiled, and came out the same.
+    #[serde(skip)]
+    pub(super) same: bool,
 }
 
 impl Objects {
@@ -57,7 +60,9 @@ impl Objects {
             });
         }
         match (&asked.source, &asked.config, &asked.diff) {
-            (Some(source), Some(config), Some(diff)) => compiled(source, config, diff, output),
+            (Some(source), Some(config), Some(diff)) => {
+                compiled((source, config, diff), asked.most_objects, output)
+            }
             _ => Err(Failure::Usage(
                 "give --old and --new, or --source, --config and --diff".to_owned(),
             )),
@@ -98,14 +103,14 @@ impl From<LeftOut> for Ignored {
         Self {
             file: left.file.display().to_string(),
             reason: left.why.to_string(),
+            same: left.why == Why::Same,
         }
     }
 }
 
 fn compiled(
-    source: &Path,
-    config: &Path,
-    diff: &Path,
+    (source, config, diff): (&Path, &Path, &Path),
+    most: usize,
     output: &Output,
 ) -> Result<Objects, Failure> {
     let diff = Diff::parse(&read(diff, "diff")?).map_err(vmpatch_kbuild::BuildError::from)?;
@@ -114,7 +119,7 @@ fn compiled(
     let progress = output.progress("reading the source");
     let step = |what: &str| progress.set_message(what.to_owned());
     let tree = Tree::ready(source, &config, &cache, &step)?;
-    let built = tree.compile_both(&diff, &step)?;
+    let built = tree.compile_both(&diff, most, &step)?;
     progress.finish_and_clear();
     Ok(Objects {
         files: built.pairs.into_iter().map(File::from).collect(),

@@ -1,0 +1,123 @@
+//! Which files a diff makes a difference to: those it changes and the configuration builds, and those that include what it
+//! changes. Compiles nothing.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use crate::diff::{Diff, Part};
+use crate::error::BuildError;
+use crate::fix::{LeftOut, Why};
+use crate::includes::Includes;
+use crate::tree::Tree;
+
+/// So many times as many files as may be compiled are asked about; of more than those too many are built in any
+/// configuration worth the name, and asking takes long.
+const ASKED: usize = 64;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Affected {
+    /// Changed, and compiled.
+    changed: BTreeSet<PathBuf>,
+    /// Not changed, but may include what is.
+    pub(crate) includers: BTreeSet<PathBuf>,
+    /// What makes no difference.
+    pub(crate) left_out: Vec<LeftOut>,
+}
+
+impl Affected {
+    /// All that is to be compiled, sorted.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        self.changed.union(&self.includers).cloned().collect()
+    }
+
+    fn leave_out(&mut self, file: PathBuf, why: Why) {
+        self.left_out.push(LeftOut { file, why });
+    }
+}
+
+/// Finds them.
+///
+/// # Errors
+/// Too many include something; nothing of it is built.
+pub(crate) fn by(
+    tree: &Tree,
+    diff: &Diff,
+    most: usize,
+    step: &dyn Fn(&str),
+) -> Result<Affected, BuildError> {
+    let mut affected = Affected::default();
+    for file in diff.ignored() {
+        affected.leave_out(file.clone(), Why::NoPart);
+    }
+    step("asking the kernel's makefiles what this configuration builds");
+    let built = tree.configured(diff.compiled())?;
+    let mut included: Vec<PathBuf> = diff.headers().to_vec();
+    for file in diff.compiled() {
+        match built.builds(file) {
+            true => drop(affected.changed.insert(file.clone())),
+            false => included.push(file.clone()),
+        }
+    }
+    if !included.is_empty() {
+        step("looking which files include what is changed");
+        let includes = Includes::scan(&tree.source)?;
+        for file in included {
+            add_includers(tree, &includes, file, most, &mut affected)?;
+        }
+    }
+    if affected.changed.is_empty() && affected.includers.is_empty() {
+        let files = affected.left_out.into_iter().map(|left| left.file);
+        return Err(BuildError::NotBuilt(files.collect()));
+    }
+    Ok(affected)
+}
+
+/// Adds the files that may include this one.
+fn add_includers(
+    tree: &Tree,
+    includes: &Includes,
+    file: PathBuf,
+    most: usize,
+    affected: &mut Affected,
+) -> Result<(), BuildError> {
+    let (apart, sources): (Vec<_>, Vec<_>) = includes
+        .sources(&file)
+        .into_iter()
+        .partition(|source| Part::of(source) == Part::Apart);
+    enough(&file, &sources, most.saturating_mul(ASKED), most)?;
+    let built = tree.configured(&sources)?;
+    let sources = sources.into_iter().filter(|source| built.builds(source));
+    let sources: Vec<_> = sources.collect();
+    for source in apart {
+        affected.leave_out(source, Why::Apart);
+    }
+    if sources.is_empty() {
+        let why = match Part::of(&file) {
+            Part::Header => Why::NotIncluded,
+            _ => Why::NotBuilt,
+        };
+        affected.leave_out(file, why);
+        return Ok(());
+    }
+    for source in sources {
+        if !affected.changed.contains(&source) {
+            affected.includers.insert(source);
+        }
+    }
+    let all: Vec<_> = affected.includers.iter().cloned().collect();
+    enough(&file, &all, most, most)
+}
+
+/// Refuses more than `limit` files that include one.
+fn enough(file: &Path, by: &[PathBuf], limit: usize, most: usize) -> Result<(), BuildError> {
+    match by.len() {
+        count if count > limit => Err(BuildError::TooMany {
+            file: file.to_owned(),
+            count,
+            most,
+            first: by.iter().take(5).cloned().collect(),
+        }),
+        _ => Ok(()),
+    }
+}

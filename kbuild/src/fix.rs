@@ -1,0 +1,232 @@
+//! The diff of a fix in a tree: which files it makes a difference to, and their objects without and with it.
+//!
+//! ```text
+//! Diff ─ affected ─ compile ─ patch ─ compile ─ those that differ ─ compile wide ─ restore ─ Built
+//! ```
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::affected::{self, Affected};
+use crate::diff::Diff;
+use crate::error::{At, BuildError};
+use crate::tree::{Compiled, Tree};
+use crate::{code, command, lines, wide};
+
+/// One file before and after the fix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The file, relative to the root of the source.
+    pub file: PathBuf,
+    /// Before.
+    pub old: Vec<u8>,
+    /// After.
+    pub new: Vec<u8>,
+    /// After, compiled such that each static branch takes five bytes and nothing else differs; `None` where there is none.
+    /// The guest has the short ones, so old and new are compared without it; it is what new code is taken from.
+    pub wide: Option<Vec<u8>>,
+    /// The module that it is linked into; `None` for vmlinux.
+    pub module: Option<String>,
+}
+
+/// The objects of a diff.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Built {
+    /// One for each file that may differ, sorted: those that the diff changes, and those that include what it changes and
+    /// came out otherwise. At least one.
+    pub pairs: Vec<Pair>,
+    /// What of the diff makes no difference.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A file of the diff, or one that includes it, that makes no difference to the running kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Which.
+    pub file: PathBuf,
+    /// Why.
+    pub why: Why,
+}
+
+/// Why a file makes no difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Why {
+    /// Documentation, tools, other processors.
+    #[error("no part of a kernel for x86")]
+    NoPart,
+    /// The configuration leaves it out.
+    #[error("not built by this configuration")]
+    NotBuilt,
+    /// A header, or a file that is only included.
+    #[error("nothing that this configuration builds includes it")]
+    NotIncluded,
+    /// Boot code and such, which includes something that is changed.
+    #[error(
+        "includes what is changed, but runs before the kernel or in user space: it stays as it is"
+    )]
+    Apart,
+    /// It includes something that is changed.
+    #[error("includes what is changed, and comes out the same")]
+    Same,
+}
+
+/// What the compiler of assembly is told of types; all of it is made with these (Linux v6.12 Kbuild).
+const OFFSETS: [&str; 2] = [
+    "include/generated/asm-offsets.h",
+    "include/generated/bounds.h",
+];
+
+impl Tree {
+    /// Compiles the files that a diff makes a difference to, without and with it; at most so many for the sake of what they
+    /// include. What the change only moves keeps its line numbers. `step` is told what takes long.
+    ///
+    /// # Errors
+    /// [`BuildError`], among others [`BuildError::DoesNotApply`].
+    pub fn compile_both(
+        &self,
+        diff: &Diff,
+        most: usize,
+        step: &dyn Fn(&str),
+    ) -> Result<Built, BuildError> {
+        let affected = affected::by(self, diff, most, step)?;
+        let files = affected.files();
+        step(&format!(
+            "compiling without the change: {} files",
+            files.len()
+        ));
+        let old = self.compile(&files)?;
+        let made = self.changed(diff, &affected, &old, step);
+        self.shadow.restore()?;
+        made
+    }
+
+    /// Goes on with the changed source; leaves it changed.
+    fn changed(
+        &self,
+        diff: &Diff,
+        affected: &Affected,
+        old: &[Compiled],
+        step: &dyn Fn(&str),
+    ) -> Result<Built, BuildError> {
+        let files = affected.files();
+        let offsets = self.offsets();
+        self.apply(diff)?;
+        step(&format!("compiling with the change: {} files", files.len()));
+        let new = self.compile(&files)?;
+        let other = offsets.iter().zip(self.offsets());
+        let other = other.zip(OFFSETS).find(|((old, new), _)| *old != new);
+        if let Some((_, name)) = other {
+            return Err(BuildError::Offsets(name));
+        }
+        let mut left_out = affected.left_out.clone();
+        let mut pairs = Vec::new();
+        for (file, (old, new)) in files.into_iter().zip(old.iter().zip(new)) {
+            if affected.includers.contains(&file) && code::is_same(&old.object, &new.object) {
+                let why = Why::Same;
+                left_out.push(LeftOut { file, why });
+                continue;
+            }
+            pairs.push(Pair {
+                file,
+                old: old.object.clone(),
+                new: new.object,
+                wide: None,
+                module: old.module.clone(),
+            });
+        }
+        if pairs.is_empty() {
+            return Err(BuildError::AllTheSame(affected.includers.len()));
+        }
+        self.add_wide(&mut pairs, step)?;
+        Ok(Built { pairs, left_out })
+    }
+
+    /// Tells from which words all assembly is made.
+    fn offsets(&self) -> [Option<Vec<u8>>; 2] {
+        OFFSETS.map(|name| fs::read(self.out.join(name)).ok())
+    }
+
+    /// Compiles what has static branches once more with wide ones.
+    fn add_wide(&self, pairs: &mut [Pair], step: &dyn Fn(&str)) -> Result<(), BuildError> {
+        let branching = pairs
+            .iter_mut()
+            .filter(|pair| wide::has_branches(&pair.new));
+        let branching: Vec<_> = branching.collect();
+        let files: Vec<_> = branching.iter().map(|pair| pair.file.clone()).collect();
+        step("compiling with wide static branches");
+        let mut made = self.compile_wide(&files)?;
+        for pair in branching {
+            pair.wide = made.remove(&pair.file);
+        }
+        Ok(())
+    }
+
+    /// Compiles files as they stand, but for the header of static branches.
+    fn compile_wide(&self, files: &[PathBuf]) -> Result<HashMap<PathBuf, Vec<u8>>, BuildError> {
+        if files.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let header = Path::new(wide::HEADER);
+        let at = self.shadow.root().join(header);
+        let text = fs::read_to_string(&at).at(&at)?;
+        let text = wide::header(&text).ok_or_else(|| BuildError::NoBranches(header.to_owned()))?;
+        self.shadow.stand_in(header, &text)?;
+        let made = self.compile(files);
+        self.shadow.stand_back(header)?;
+        let objects = made?.into_iter().map(|made| made.object);
+        let made: HashMap<_, _> = files.iter().cloned().zip(objects).collect();
+        for (file, object) in &made {
+            wide::check(&file.display().to_string(), object)?;
+        }
+        Ok(made)
+    }
+
+    /// Applies the diff to the tree.
+    fn apply(&self, diff: &Diff) -> Result<(), BuildError> {
+        let files = diff.compiled().iter().chain(diff.headers());
+        let files: BTreeSet<PathBuf> = files.cloned().collect();
+        let absent = files.iter().find(|it| !self.shadow.original(it).is_file());
+        if let Some(absent) = absent {
+            return Err(BuildError::DoesNotApply {
+                source_dir: self.source.clone(),
+                said: format!("it has no {}", absent.display()),
+            });
+        }
+        let files: Vec<_> = files.into_iter().collect();
+        self.shadow.change(&files)?;
+        let text = self.out.join("fix.patch");
+        fs::write(&text, diff.text()).at(&text)?;
+        let mut patch = Command::new("patch");
+        patch.args([
+            "-p1",
+            "--forward",
+            "--batch",
+            "--no-backup-if-mismatch",
+            // Lines of a hunk that are not there show that the source is another one.
+            "--fuzz=0",
+            "--reject-file=-",
+            "-i",
+        ]);
+        let output = command::finish(patch.arg(&text).current_dir(self.shadow.root()))?;
+        if !output.status.success() {
+            return Err(BuildError::DoesNotApply {
+                source_dir: self.source.clone(),
+                said: command::last_words(&output),
+            });
+        }
+        files.iter().try_for_each(|file| self.keep_lines(file))
+    }
+
+    /// Gives what stands below the changes of a file of C the numbers of its lines back.
+    fn keep_lines(&self, file: &Path) -> Result<(), BuildError> {
+        let ending = file.extension().unwrap_or_default();
+        if ending != "c" && ending != "h" {
+            return Ok(());
+        }
+        let (from, to) = (self.shadow.original(file), self.shadow.root().join(file));
+        let (old, new) = (fs::read(&from).at(&from)?, fs::read(&to).at(&to)?);
+        fs::write(&to, lines::kept(&old, &new)).at(&to)
+    }
+}

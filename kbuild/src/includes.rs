@@ -1,0 +1,295 @@
+//! Which files of a source may include which: read off their `#include` lines, without regard to what is configured. May
+//! find too many, for a line that is not compiled counts too; what is compiled in the end tells. Owns no decision.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use memchr::memmem;
+
+use crate::diff::Part;
+use crate::error::{At, BuildError};
+
+/// Where `<FILE>` is looked for (Linux v6.12 Makefile, LINUXINCLUDE and USERINCLUDE). Generated headers are left out: those of
+/// `asm` lead to `asm-generic`, the others include nothing.
+const FOLDERS: [&str; 4] = [
+    "arch/x86/include",
+    "include",
+    "arch/x86/include/uapi",
+    "include/uapi",
+];
+
+/// Headers that every file includes (Linux v6.12 Makefile, USERINCLUDE; scripts/Makefile.lib, `c_flags`).
+const FORCED: [&str; 3] = [
+    "include/linux/compiler-version.h",
+    "include/linux/kconfig.h",
+    "include/linux/compiler_types.h",
+];
+
+/// One `#include` line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Line {
+    by: usize,
+    /// As written between the quotes.
+    name: String,
+    /// In `""`, which looks beside the file first.
+    quoted: bool,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Includes {
+    files: Vec<PathBuf>,
+    known: HashSet<PathBuf>,
+    /// By the last part of the name.
+    lines: HashMap<String, Vec<Line>>,
+}
+
+impl Includes {
+    /// Reads every file of the source that the kernel may be made of.
+    pub(crate) fn scan(source: &Path) -> Result<Self, BuildError> {
+        let mut files = Vec::new();
+        list(source, Path::new(""), &mut files)?;
+        files.sort();
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = files.len().div_ceil(workers).max(1);
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let parts = files.chunks(share).enumerate();
+            let running = parts
+                .map(|(part, files)| scope.spawn(move || lines_of(source, files, part * share)));
+            let running: Vec<_> = running.collect();
+            let ended = running.into_iter().map(std::thread::ScopedJoinHandle::join);
+            ended.collect()
+        });
+        let mut made = Self {
+            known: files.iter().cloned().collect(),
+            files,
+            lines: HashMap::new(),
+        };
+        for part in found {
+            // A reader that panicked has found nothing; none can.
+            for line in part.unwrap_or_else(|_| Ok(Vec::new()))? {
+                let last = line.name.rsplit('/').next().unwrap_or_default().to_owned();
+                made.lines.entry(last).or_default().push(line);
+            }
+        }
+        Ok(made)
+    }
+
+    /// The files that are compiled and may include this one, directly or not, sorted; without itself.
+    pub(crate) fn sources(&self, file: &Path) -> BTreeSet<PathBuf> {
+        let mut seen: HashSet<&Path> = HashSet::from([file]);
+        let mut next = vec![file];
+        while let Some(file) = next.pop() {
+            if FORCED.iter().any(|forced| file == Path::new(forced)) {
+                return self.all_sources();
+            }
+            for by in self.includers(file) {
+                if seen.insert(by) {
+                    next.push(by);
+                }
+            }
+        }
+        seen.remove(file);
+        let sources = seen.into_iter().filter(|file| is_source(file));
+        sources.map(Path::to_owned).collect()
+    }
+
+    fn all_sources(&self) -> BTreeSet<PathBuf> {
+        let sources = self.files.iter().filter(|file| is_source(file));
+        sources.cloned().collect()
+    }
+
+    /// The files with a line that may lead to this one.
+    fn includers<'a>(&'a self, file: &'a Path) -> impl Iterator<Item = &'a Path> + 'a {
+        let last = file.file_name().unwrap_or_default().to_string_lossy();
+        let lines = self.lines.get(&*last).into_iter().flatten();
+        lines.filter_map(move |line| {
+            let by = self.files.get(line.by)?;
+            self.leads(line, by, file).then_some(by.as_path())
+        })
+    }
+
+    fn leads(&self, line: &Line, by: &Path, file: &Path) -> bool {
+        let name = Path::new(&line.name);
+        let beside = || normal(&by.parent().unwrap_or(Path::new("")).join(name));
+        if line.quoted
+            && let Some(at) = beside().filter(|at| self.known.contains(at))
+        {
+            return at == file;
+        }
+        let places = FOLDERS.iter().map(|folder| Path::new(folder).join(name));
+        if let Some(at) = places.into_iter().find(|at| self.known.contains(at)) {
+            return at == file;
+        }
+        if let Ok(generic) = name.strip_prefix("asm") {
+            let places = ["include/asm-generic", "include/uapi/asm-generic"];
+            return places.iter().any(|at| Path::new(at).join(generic) == file);
+        }
+        // By a folder that only the makefile of the file knows.
+        let parts = name
+            .components()
+            .filter(|part| matches!(part, Component::Normal(_)));
+        file.ends_with(parts.collect::<PathBuf>())
+    }
+}
+
+fn is_source(file: &Path) -> bool {
+    Part::of(file) == Part::Source
+}
+
+/// Lists the files of a folder and those below that may be part of a kernel, relative to the source.
+fn list(source: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), BuildError> {
+    let at = source.join(folder);
+    for entry in fs::read_dir(&at).at(&at)? {
+        let entry = entry.at(&at)?;
+        let path = folder.join(entry.file_name());
+        let kind = entry.file_type().at(&at)?;
+        let deeper = kind.is_dir() && !path.starts_with(".git") && Part::of(&path) != Part::None;
+        if deeper {
+            list(source, &path, files)?;
+        } else if kind.is_file() && matches!(Part::of(&path), Part::Source | Part::Header) {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The lines of these files, the first of which has the number `first`.
+fn lines_of(source: &Path, files: &[PathBuf], first: usize) -> Result<Vec<Line>, BuildError> {
+    let mut found = Vec::new();
+    for (by, file) in (first..).zip(files) {
+        let at = source.join(file);
+        let text = fs::read(&at).at(&at)?;
+        found.extend(names(&text).map(|(name, quoted)| Line { by, name, quoted }));
+    }
+    Ok(found)
+}
+
+/// What the `#include` lines of a text name, and whether in `""`.
+fn names(text: &[u8]) -> impl Iterator<Item = (String, bool)> + '_ {
+    memmem::find_iter(text, b"include").filter_map(|at| {
+        let before = text.get(..at)?;
+        let begin = before
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |at| at + 1);
+        if text.get(begin..at)?.trim_ascii() != b"#" {
+            return None;
+        }
+        let rest = text.get(at + "include".len()..)?.trim_ascii_start();
+        let (quoted, end) = match rest.first()? {
+            b'"' => (true, b'"'),
+            b'<' => (false, b'>'),
+            _ => return None,
+        };
+        let rest = rest.get(1..)?;
+        let line = rest.split(|byte| *byte == b'\n').next()?;
+        let length = line.iter().position(|byte| *byte == end)?;
+        Some((str::from_utf8(line.get(..length)?).ok()?.to_owned(), quoted))
+    })
+}
+
+/// A path without `.` and `..`; `None` if it leads out of the source.
+fn normal(path: &Path) -> Option<PathBuf> {
+    let mut made = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => made.push(part),
+            Component::ParentDir if made.pop() => {}
+            Component::CurDir => {}
+            _ => return None,
+        }
+    }
+    Some(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scanned(files: &[(&str, &str)]) -> Includes {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let at = folder.path().join(name);
+            fs::create_dir_all(at.parent().unwrap()).unwrap();
+            fs::write(at, text).unwrap();
+        }
+        Includes::scan(folder.path()).unwrap()
+    }
+
+    fn sources(includes: &Includes, file: &str) -> Vec<String> {
+        let found = includes.sources(Path::new(file));
+        found.iter().map(|it| it.display().to_string()).collect()
+    }
+
+    #[test]
+    fn includers_are_found_through_other_headers_and_beside_the_file() {
+        let includes = scanned(&[
+            ("include/linux/a.h", ""),
+            ("include/net/b.h", " # include <linux/a.h>\n"),
+            ("fs/a.h", ""),
+            ("fs/x.c", "#include \"a.h\"\n"),
+            ("fs/y.c", "/* #include <linux/a.h> */\n#include <net/b.h>\n"),
+            ("net/z.c", "#include <linux/a.h>"),
+            ("net/w.S", "#include \"../fs/a.h\"\n"),
+            ("tools/t.c", "#include <linux/a.h>\n"),
+            ("arch/arm/t.c", "#include <linux/a.h>\n"),
+        ]);
+        assert_eq!(
+            sources(&includes, "include/linux/a.h"),
+            ["fs/y.c", "net/z.c"]
+        );
+        assert_eq!(sources(&includes, "fs/a.h"), ["fs/x.c", "net/w.S"]);
+        assert_eq!(sources(&includes, "include/none.h"), [""; 0]);
+    }
+
+    #[test]
+    fn a_folder_that_only_a_makefile_knows_is_found_by_the_name() {
+        let includes = scanned(&[
+            ("drivers/gpu/dc/inc/core.h", ""),
+            (
+                "drivers/gpu/dm/m.c",
+                "#include \"inc/core.h\"\n#include <core.h>\n",
+            ),
+            ("drivers/gpu/dm/n.c", "#include \"other/core.h\"\n"),
+            ("include/asm-generic/bug.h", ""),
+            ("include/asm-generic/rwonce.h", ""),
+            ("arch/x86/include/asm/bug.h", ""),
+            ("mm/b.c", "#include <asm/bug.h>\n#include <asm/rwonce.h>\n"),
+        ]);
+        assert_eq!(
+            sources(&includes, "drivers/gpu/dc/inc/core.h"),
+            ["drivers/gpu/dm/m.c"]
+        );
+        assert_eq!(
+            sources(&includes, "include/asm-generic/rwonce.h"),
+            ["mm/b.c"]
+        );
+        assert_eq!(sources(&includes, "include/asm-generic/bug.h"), [""; 0]);
+        assert_eq!(sources(&includes, "arch/x86/include/asm/bug.h"), ["mm/b.c"]);
+    }
+
+    #[test]
+    fn what_every_file_includes_is_included_by_all() {
+        let includes = scanned(&[
+            (
+                "include/linux/compiler_types.h",
+                "#include <linux/attr.h>\n",
+            ),
+            ("include/linux/attr.h", ""),
+            ("fs/x.c", ""),
+        ]);
+        assert_eq!(sources(&includes, "include/linux/attr.h"), ["fs/x.c"]);
+    }
+
+    #[test]
+    fn headers_that_include_each_other_end() {
+        let includes = scanned(&[
+            ("include/a.h", "#include <b.h>\n"),
+            ("include/b.h", "#include <a.h>\n"),
+            ("fs/x.c", "#include <a.h>\n"),
+        ]);
+        assert_eq!(sources(&includes, "include/b.h"), ["fs/x.c"]);
+    }
+}
