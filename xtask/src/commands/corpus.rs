@@ -37,7 +37,7 @@ pub(crate) struct CorpusArgs {
 pub(crate) fn run(args: &CorpusArgs) -> Result<i32> {
     let manifest = setup::tools()?;
     let entries = Entry::load(&args.names)?;
-    let kernel = kernel(&manifest)?;
+    let kernel = kernel(&manifest, GUEST)?;
     let modules = modules(&manifest, &entries)?;
     let bench = Workbench::prepare(manifest, "corpus", &[GUEST], &[])?;
     let built = build_all(&Tool::at(bench.vmpatch()), &kernel, &entries)?;
@@ -49,10 +49,12 @@ pub(crate) fn run(args: &CorpusArgs) -> Result<i32> {
     report(&entries, &built, &outcomes, args.build_only)
 }
 
-/// Source and configuration of the guest's kernel, as files.
-pub(crate) fn kernel(manifest: &Manifest) -> Result<Kernel> {
-    let recipe = images::recipe(manifest, GUEST)?;
-    let config = paths::cache()?.join("corpus").join("config");
+/// Source and configuration of a guest's kernel, as files.
+pub(crate) fn kernel(manifest: &Manifest, guest: &str) -> Result<Kernel> {
+    let recipe = images::recipe(manifest, guest)?;
+    let config = paths::cache()?
+        .join("corpus")
+        .join(format!("{guest}.config"));
     fs::create_dir_all(config.parent().unwrap_or(&config))?;
     publish::file(&config, recipe.config.as_bytes())?;
     Ok(Kernel {

@@ -94,7 +94,7 @@ fn steps(guest: &mut Guest, trial: &Trial, outcome: &mut Outcome) -> Result<()> 
     let checked = call(guest, &["check", patch, "--timeout", "60s"])?;
     outcome.verified = true;
     outcome.functions = checked.json["functions"].as_array().map_or(0, Vec::len);
-    outcome.link_verify_ms = link_verify_ms(&checked);
+    outcome.link_verify_ms = super::link_verify_ms(&checked);
     if trial.only_check {
         return Ok(());
     }
@@ -146,10 +146,4 @@ fn expect(guest: &mut Guest, trial: &Trial, probe: &Probe, when: &str, wanted: &
         "the probe prints {printed:?} {when}, not {wanted:?}"
     );
     Ok(())
-}
-
-/// In milliseconds, from what the product measured.
-fn link_verify_ms(checked: &Answer) -> f64 {
-    let phase = |name| checked.json["phases_us"][name].as_f64().unwrap_or(0.0);
-    (phase("linked") + phase("verified")) / 1000.0
 }

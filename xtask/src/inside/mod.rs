@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Subcommand;
+use vmpatch_testkit::Answer;
 
 /// The drivers.
 #[derive(Debug, Subcommand)]
@@ -45,4 +46,10 @@ pub(crate) fn run(inside: &Inside) -> Result<i32> {
 /// Where this runs, as the report calls it.
 fn place() -> String {
     std::env::var("VMPATCH_WHERE").unwrap_or_else(|_| "direct".to_owned())
+}
+
+/// How long linking and verifying took, in milliseconds, as the product measured it.
+pub(crate) fn link_verify_ms(checked: &Answer) -> f64 {
+    let phase = |name| checked.json["phases_us"][name].as_f64().unwrap_or(0.0);
+    (phase("linked") + phase("verified")) / 1000.0
 }

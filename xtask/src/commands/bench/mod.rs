@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures, each from one command that sets itself up and ends with one JSON line.
 
 mod attach;
+mod build;
 mod spinner;
 mod stop_window;
 
@@ -16,6 +17,12 @@ pub(crate) enum Bench {
         #[arg(long, default_value_t = 100)]
         cycles: u32,
     },
+    /// From the diff of a fix to a patch, and that linked and verified against a live guest
+    Build {
+        /// Times to measure each
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
+    },
     /// From nothing to all symbols, types and tasks of a stock guest
     Attach {
         /// Times to measure
@@ -28,6 +35,7 @@ pub(crate) enum Bench {
 pub(crate) fn run(bench: &Bench) -> Result<i32> {
     match bench {
         Bench::StopWindow { cycles } => stop_window::run(*cycles),
+        Bench::Build { rounds } => build::run(*rounds),
         Bench::Attach { rounds } => attach::run(*rounds),
     }
 }

@@ -15,7 +15,7 @@ use crate::inside::stats::percentile;
 use crate::workbench::Workbench;
 use crate::{progress, publish};
 
-const GUEST: &str = "lean-orc";
+pub(super) const GUEST: &str = "lean-orc";
 const PATCH: &str = "proc-version";
 const VCPUS: u32 = 1;
 /// For a processor that emulates kernel mode: nothing that its emulator does not know, and nothing slow that the guest can do
@@ -77,7 +77,8 @@ pub(super) fn run(cycles: u32) -> Result<i32> {
     Ok(0)
 }
 
-fn boot(emulated: bool, initrd: std::path::PathBuf) -> Boot {
+/// The guest, not started.
+pub(super) fn boot(emulated: bool, initrd: std::path::PathBuf) -> Boot {
     let mut boot = Boot::new("stop-window")
         .vcpus(VCPUS)
         .cmdline("planted.kthreads=100 loglevel=7");
