@@ -76,7 +76,8 @@ fn build_all(tool: &Tool, kernel: &Kernel, entries: &[Entry]) -> Result<Vec<Buil
     let mut all = Vec::new();
     for (at, entry) in entries.iter().enumerate() {
         let step = progress::step(format!("{}/{} {}", at + 1, entries.len(), entry.name));
-        let built = build::build(tool, &product, kernel, entry)?;
+        let built = build::build(tool, &product, kernel, entry)
+            .unwrap_or_else(|error| Built::failed(&error));
         step.done();
         all.push(built);
     }

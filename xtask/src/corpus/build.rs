@@ -100,6 +100,16 @@ fn round(time: Duration) -> f64 {
 }
 
 impl Built {
+    /// That of an entry for which the product could not be asked.
+    pub(crate) fn failed(error: &anyhow::Error) -> Self {
+        Self {
+            code: None,
+            answer: Value::Null,
+            said: format!("{error:#}"),
+            seconds: 0.0,
+        }
+    }
+
     /// Whether there is a patch.
     pub(crate) fn is_patch(&self) -> bool {
         self.code == Some(0)
