@@ -23,7 +23,7 @@ use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::quiescence::NotQuiet;
 use vmpatch_patcher::rollback;
 use vmpatch_patcher::status::Ledger;
-use vmpatch_patcher::verify::{Verified, verify};
+use vmpatch_patcher::verify::{FunctionReport, Verified, verify};
 
 use crate::exit::Failure;
 use crate::live::{Live, Tables};
@@ -32,6 +32,8 @@ use crate::live::{Live, Tables};
 pub(crate) struct Changed {
     /// The patch.
     pub(crate) record: PatchRecord,
+    /// What became of each function, where it was applied.
+    pub(crate) functions: Vec<FunctionReport>,
     /// The stop that made it.
     pub(crate) attempted: Attempted,
 }
@@ -47,7 +49,11 @@ pub(crate) fn apply(
     let live = attach(id, watch)?;
     let (verified, ledger) = fit(&parsed, &live, watch)?;
     let change = Change::apply(&verified, live.vm())?;
-    switch(ledger, change, &live, timeout, watch)
+    let changed = switch(ledger, change, &live, timeout, watch)?;
+    Ok(Changed {
+        functions: verified.functions,
+        ..changed
+    })
 }
 
 /// A patch that could have been applied.
@@ -95,7 +101,7 @@ pub(crate) fn roll_back(
     watch: &dyn Observer,
 ) -> Result<Changed, Failure> {
     let live = attach(id, watch)?;
-    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot())?;
+    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot(), &live.places()?)?;
     let change = rollback::change(&ledger, patch)?;
     switch(ledger, change, &live, timeout, watch)
 }
@@ -118,7 +124,7 @@ fn fit(
     live: &Live,
     watch: &dyn Observer,
 ) -> Result<(Verified, Ledger), Failure> {
-    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot())?;
+    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot(), &live.places()?)?;
     ledger.admit(&parsed.patch().name, &parsed.digest().to_string())?;
     // The symbols of all modules are only read where some are to be changed.
     let modules = match parsed.patch().modules().is_empty() {
@@ -147,7 +153,11 @@ fn switch(
     let intent = ledger.begin(change, watch)?;
     let attempted = attempt(&intent, live, tables, timeout);
     let attempted = intent.conclude(live.vm(), attempted)?;
-    Ok(Changed { record, attempted })
+    Ok(Changed {
+        record,
+        functions: Vec::new(),
+        attempted,
+    })
 }
 
 /// Each attempt is a whole stop.

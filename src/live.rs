@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use vmpatch_introspect::modules::Module;
+use vmpatch_introspect::modules::{Module, ModulePlace};
 use vmpatch_introspect::stacks::Sleepers;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
@@ -102,7 +102,12 @@ impl Live {
 
     /// Loaded modules.
     pub(crate) fn modules(&self) -> Result<Vec<Module>, Failure> {
-        Ok(self.kernel.modules(&self.vm)?)
+        Ok(patiently(|| self.kernel.modules(&self.vm))?)
+    }
+
+    /// Where the code of loaded modules lies. The guest may be changing its list just now: then once more, a few times.
+    pub(crate) fn places(&self) -> Result<Vec<ModulePlace>, AttachError> {
+        patiently(|| self.kernel.module_places(&self.vm, &as_in_a_stop()))
     }
 
     /// Where this host keeps its journal of the VM. It outlives the VM's process; a later
@@ -185,15 +190,18 @@ fn as_in_a_stop() -> Deadline {
     Deadline::within(StopRequest::for_change().examination())
 }
 
-/// The guest may be changing its list of modules just now: then once more, a few times.
 fn load(live: &Live) -> Result<Unwinder, AttachError> {
-    let once = || {
+    patiently(|| {
         let modules = live.kernel.module_places(live.vm(), &as_in_a_stop())?;
         Unwinder::load(&live.kernel, live.vm(), &modules)
-    };
+    })
+}
+
+/// The guest may be changing its list of modules just now: then once more, a few times.
+fn patiently<T>(once: impl Fn() -> Result<T, AttachError>) -> Result<T, AttachError> {
     for _ in 1..LOAD_TRIES {
-        if let Ok(unwinder) = once() {
-            return Ok(unwinder);
+        if let Ok(read) = once() {
+            return Ok(read);
         }
         std::thread::sleep(LOAD_PAUSE);
     }

@@ -11,7 +11,7 @@ use vmpatch_introspect::target::Edit;
 use vmpatch_introspect::{Gpa, Gva, PhysicalMemory};
 use vmpatch_patcher::arena::window::WINDOW_START;
 use vmpatch_patcher::arena::{Arena, ArenaError, PatchState};
-use vmpatch_patcher::link::ownership::OwnershipError;
+use vmpatch_patcher::link::layers::LayerError;
 use vmpatch_patcher::link::region::RegionError;
 use vmpatch_patcher::link::tracing::{self, TracingError};
 use vmpatch_patcher::link::{self, LinkError, Live, Plan};
@@ -41,7 +41,7 @@ fn first() -> Option<Guest> {
 }
 
 fn verified(guest: &Guest, sample: &PatchFile) -> Result<Verified, LinkError> {
-    let view = link::Guest::new(&guest.kernel, guest);
+    let view = guest.view();
     let arena = Arena::open(&guest.kernel, guest, guest.slot())?;
     let plan = Plan::link(sample, &view, &arena)?;
     Ok(verify(plan, &view, &arena).unwrap())
@@ -64,7 +64,7 @@ fn changed(sample: &PatchFile, change: impl Fn(&mut vmpatch_patcher::patch::Patc
 fn every_old_function_enters_its_new_one_after_the_patch() {
     each(|guest, sample| {
         let verified = apply(guest, sample);
-        let view = link::Guest::new(&guest.kernel, guest);
+        let view = guest.view();
         assert_eq!(verified.functions.len(), sample.patch().replaced.len());
         for function in &verified.functions {
             // From the entry on: a landing mark and ftrace's nop at most, then the jump.
@@ -90,7 +90,7 @@ fn every_old_function_enters_its_new_one_after_the_patch() {
 fn new_code_is_mapped_to_run_and_not_to_be_written_and_only_calls_what_has_a_name() {
     each(|guest, sample| {
         let verified = apply(guest, sample);
-        let view = link::Guest::new(&guest.kernel, guest);
+        let view = guest.view();
         for function in &verified.functions {
             let space = guest.kernel.layout.space;
             let page = space.translate(guest, function.new.start).unwrap().unwrap();
@@ -116,28 +116,45 @@ fn new_code_is_mapped_to_run_and_not_to_be_written_and_only_calls_what_has_a_nam
 }
 
 #[test]
-fn a_patch_is_not_applied_twice_nor_over_another() {
+fn a_patch_is_not_applied_twice() {
     each(|guest, sample| {
-        let first = apply(guest, sample);
+        apply(guest, sample);
         let again = verified(guest, sample);
         assert!(
             matches!(
                 again,
-                Err(LinkError::Ownership(OwnershipError::AlreadyApplied { .. }))
+                Err(LinkError::Layers(LayerError::AlreadyApplied { .. }))
             ),
             "{again:?}"
         );
         let same_name = changed(sample, |patch| patch.sections[0].bytes.push(0xcc));
         assert!(matches!(
             verified(guest, &same_name),
-            Err(LinkError::Ownership(OwnershipError::NameTaken { .. }))
+            Err(LinkError::Layers(LayerError::NameTaken { .. }))
         ));
+    });
+}
+
+#[test]
+fn a_patch_of_the_same_function_lies_upon_the_first_and_waits_for_its_code() {
+    each(|guest, sample| {
+        let first = apply(guest, sample);
         let other = changed(sample, |patch| patch.name.push_str("-2"));
-        match verified(guest, &other) {
-            Err(LinkError::Ownership(OwnershipError::Owned { owner, .. })) => {
-                assert_eq!(owner, first.record.name);
-            }
-            other => panic!("{other:?}"),
+        let second = apply(guest, &other);
+        for (lower, upper) in first.functions.iter().zip(&second.functions) {
+            assert_eq!(upper.over.as_deref(), Some(first.record.name.as_str()));
+            assert_eq!((upper.site, upper.old), (lower.site, lower.old));
+            assert!(second.busy().any(|busy| busy.range == lower.new));
+        }
+        for (lower, upper) in first.switch.iter().zip(&second.switch) {
+            assert_eq!((upper.at, &upper.old), (lower.at, &lower.new));
+        }
+        guest.carry_out(&[], &second.record.rollback_edits(&[]));
+        guest.carry_out(&[], &first.record.rollback_edits(&[]));
+        for edit in &first.switch {
+            let mut now = vec![0; edit.old.len()];
+            guest.read(edit.at, &mut now).unwrap();
+            assert_eq!(now, guest.original(edit));
         }
     });
 }
@@ -178,7 +195,7 @@ fn rolled_back_by_the_manifest_alone_the_text_is_as_before_and_the_same_patch_fi
         let arena = Arena::open(&guest.kernel, guest, guest.slot()).unwrap();
         let record = &arena.manifest().patches[0];
         assert_eq!(record, &first.record);
-        guest.carry_out(&[], &record.rollback_edits());
+        guest.carry_out(&[], &record.rollback_edits(&[]));
         assert_eq!(record.state(guest).unwrap(), PatchState::NotApplied);
         for edit in &first.switch {
             assert_eq!(guest.original(edit), edit.old);
@@ -201,7 +218,7 @@ fn a_flipped_bit_in_any_byte_of_an_old_function_is_seen_but_where_the_kernel_its
         let whole = verified(&guest, sample).unwrap();
         let old = whole.functions[0].old;
         let sites = &sample.patch().replaced[0].old.sites;
-        let view = link::Guest::new(&guest.kernel, &guest);
+        let view = guest.view();
         for offset in 0..old.size() {
             let at = view.physical(old.start.wrapping_add(offset)).unwrap();
             let is = view.bytes(old.start.wrapping_add(offset), 1).unwrap()[0];
@@ -231,7 +248,10 @@ fn a_patch_for_another_kernel_or_function_is_refused() {
             verified(guest, &other),
             Err(LinkError::WrongKernel { .. })
         ));
-        let wrong = changed(sample, |patch| patch.replaced[0].name = "vfs_read".into());
+        let wrong = changed(sample, |patch| {
+            patch.replaced[0].name = "vfs_read".into();
+            patch.units[0].object = "vmlinux".into();
+        });
         assert!(matches!(
             verified(guest, &wrong),
             Err(LinkError::Locate(LocateError::Differs { .. }))
@@ -243,7 +263,7 @@ fn a_patch_for_another_kernel_or_function_is_refused() {
             verified(guest, &absent),
             Err(LinkError::Locate(LocateError::Absent { .. }))
         ));
-        let module = changed(sample, |patch| patch.units[0].object = "loop".into());
+        let module = changed(sample, |patch| patch.units[0].object = "nosuch".into());
         assert!(matches!(
             verified(guest, &module),
             Err(LinkError::Module { .. })
@@ -259,7 +279,10 @@ fn code_that_no_jump_may_leave_is_refused_by_where_it_lies() {
             ("entry_SYSCALL_64", RegionError::EntryCode),
             ("init_task", RegionError::NotText),
         ] {
-            let other = changed(sample, |patch| patch.replaced[0].name = name.into());
+            let other = changed(sample, |patch| {
+                patch.replaced[0].name = name.into();
+                patch.units[0].object = "vmlinux".into();
+            });
             match verified(guest, &other) {
                 Err(LinkError::Region { why, .. }) => assert_eq!(why, region, "{name}"),
                 result => panic!("{name}: {result:?}"),
@@ -287,7 +310,7 @@ fn a_window_that_the_guest_uses_is_left_alone() {
 #[test]
 fn every_kernel_tells_what_its_boot_decided_and_leaves_the_window_free() {
     for (name, guest) in Guest::every() {
-        let view = link::Guest::new(&guest.kernel, &guest);
+        let view = guest.view();
         let facts = view.facts().unwrap();
         eprintln!("{name}, {}: {facts:?}", guest.kernel.identity.release);
         let arena = Arena::open(&guest.kernel, &guest, guest.slot()).unwrap();
@@ -336,7 +359,7 @@ const DIRECT: u64 = ENABLED | 3 << 23;
 
 impl<'a> Traced<'a> {
     fn new(guest: &'a Guest) -> Self {
-        let view = link::Guest::new(&guest.kernel, guest);
+        let view = guest.view();
         let entry = guest.kernel.symbols.unique("version_proc_show").unwrap();
         let nop = [0x0f, 0x1f, 0x44, 0, 0];
         let marked = view.bytes(entry, 5).unwrap() != nop;

@@ -1,5 +1,5 @@
 //! Run-pre matching over whole objects: every function of objects compiled from the guest's own source must
-//! be found running in it. `VMPATCH_WHOLE_OBJECTS` lists objects of Debian's 6.12 cloud kernel, separated by
+//! be found running in it, those of modules in the loaded module that an object's folder is named after. `VMPATCH_WHOLE_OBJECTS` lists objects of Debian's 6.12 cloud kernel, separated by
 //! colons, `VMPATCH_WHOLE_OBJECTS_6_1` those of 6.1; `cargo xtask test` makes them.
 
 #![allow(clippy::unwrap_used, reason = "only tests are here")]
@@ -15,6 +15,7 @@ use vmpatch_patcher::link::entry::{self, Body, EntryError};
 use vmpatch_patcher::link::live::Live;
 use vmpatch_patcher::link::names::{Learned, Names};
 use vmpatch_patcher::link::{self};
+use vmpatch_patcher::patch::Unit;
 use vmpatch_patcher::verify::locate::{LocateError, Located, Wanted};
 use vmpatch_patcher::verify::run_pre::Matcher;
 
@@ -29,19 +30,22 @@ fn objects(variable: &str) -> Vec<PathBuf> {
 }
 
 /// Why a function of an object need not be found: what the guest runs under that name is something else.
-fn explained(guest: &Guest, function: &OldFunction, error: &LocateError) -> Option<&'static str> {
+fn explained(
+    view: &link::Guest<'_>,
+    function: &OldFunction,
+    error: &LocateError,
+) -> Option<&'static str> {
     let LocateError::Differs { at, mismatch, .. } = error else {
         return Some("copies of an inline function that are alike");
     };
-    let view = link::Guest::new(&guest.kernel, guest);
-    let layout = &guest.kernel.layout;
+    let layout = &view.kernel().layout;
     if layout.init.is_some_and(|init| init.contains(*at)) {
         return Some("init code, freed since");
     }
     if function.name.starts_with("__SCT__") {
         return Some("the trampoline of a static call, rewritten with each update");
     }
-    if is_weak(&view, *at) {
+    if is_weak(view, *at) {
         return Some("a weak function that another object overrides");
     }
     // Without a section for each function the assembler shortens jumps to near neighbours.
@@ -91,11 +95,17 @@ fn entry(
 }
 
 fn compare(guest: &Guest, path: &Path) -> (usize, usize) {
-    let view = link::Guest::new(&guest.kernel, guest);
+    let view = guest.view();
     let facts = view.facts().unwrap();
+    let home = path.parent().and_then(Path::file_name).unwrap();
+    let object = home.to_str().unwrap();
+    let units = [Unit {
+        file: path.display().to_string(),
+        object: object.to_owned(),
+    }];
     let (functions, symbols) = build::functions(&std::fs::read(path).unwrap()).unwrap();
     assert!(!functions.is_empty(), "{} is empty", path.display());
-    let names = Names::look_up(&symbols, &[], &view);
+    let names = Names::look_up(&symbols, &units, &view);
     let matcher = Matcher {
         live: &view,
         facts: &facts,
@@ -105,7 +115,7 @@ fn compare(guest: &Guest, path: &Path) -> (usize, usize) {
     for function in &functions {
         let wanted = Wanted {
             unit: 0,
-            object: "vmlinux",
+            object,
             name: &function.name,
             sympos: None,
             code: &function.code,
@@ -120,7 +130,7 @@ fn compare(guest: &Guest, path: &Path) -> (usize, usize) {
                 }
             }
             Err(error) => {
-                let why = explained(guest, function, &error);
+                let why = explained(&view, function, &error);
                 eprintln!("    {}: {}", function.name, why.unwrap_or("NOT EXPLAINED"));
                 assert!(why.is_some(), "{error}");
             }

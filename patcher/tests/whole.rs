@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use vmpatch_introspect::modules::ModulePlace;
 use vmpatch_introspect::target::StopRequest;
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{Deadline, Dump, Kernel, PhysicalMemory, Target};
@@ -59,8 +60,19 @@ impl Vm {
         &self.kernel.identity.boot
     }
 
+    fn places(&self) -> Vec<ModulePlace> {
+        let no_end = Deadline::none();
+        self.kernel.module_places(&self.machine, &no_end).unwrap()
+    }
+
     fn ledger(&self) -> Ledger {
-        Ledger::open(self.folder.path(), &self.machine, self.boot()).unwrap()
+        Ledger::open(
+            self.folder.path(),
+            &self.machine,
+            self.boot(),
+            &self.places(),
+        )
+        .unwrap()
     }
 
     fn apply(&self, file: &PatchFile) -> Result<Attempted, Failure> {
@@ -68,24 +80,35 @@ impl Vm {
         ledger
             .admit(&file.patch().name, &file.digest().to_string())
             .unwrap();
-        let guest = link::Guest::new(&self.kernel, &self.machine);
+        self.make(ledger, self.change(file), &self.unwinder)
+    }
+
+    /// The change that applies a patch.
+    fn change(&self, file: &PatchFile) -> Change {
+        let modules = self.kernel.modules(&self.machine).unwrap();
+        let guest = link::Guest::new(&self.kernel, &self.machine).with_modules(&modules);
         let slot = self.machine.arena().unwrap();
         let arena = Arena::open(&self.kernel, &self.machine, slot).unwrap();
         let plan = Plan::link(file, &guest, &arena).unwrap();
         let verified = verify(plan, &guest, &arena).unwrap();
-        self.make(ledger, Change::apply(&verified, &self.machine)?)
+        Change::apply(&verified, &self.machine).unwrap()
     }
 
     fn rollback(&self, name: &str) -> Result<Attempted, Failure> {
         let ledger = self.ledger();
         let change = rollback::change(&ledger, name).unwrap();
-        self.make(ledger, change)
+        self.make(ledger, change, &self.unwinder)
     }
 
-    fn make(&self, ledger: Ledger, change: Change) -> Result<Attempted, Failure> {
+    fn make(
+        &self,
+        ledger: Ledger,
+        change: Change,
+        unwinder: &Unwinder,
+    ) -> Result<Attempted, Failure> {
         let witness = LiveKernel {
             kernel: &self.kernel,
-            unwinder: &self.unwinder,
+            unwinder,
             sleepers: None,
         };
         let intent = ledger.begin(change, &Unobserved)?;
@@ -98,19 +121,42 @@ impl Vm {
         intent.conclude(&self.machine, attempted)
     }
 
-    /// The kernel's text as it runs.
+    /// The text of the kernel and its modules as it runs.
     fn text(&self) -> Vec<u8> {
-        let range = self.kernel.layout.text;
-        let mut text = vec![0; usize::try_from(range.size()).unwrap()];
-        self.kernel
-            .memory(&self.machine)
-            .read(range.start, &mut text)
-            .unwrap();
-        text
+        let modules = self.places().into_iter().map(|module| module.text);
+        let memory = self.kernel.memory(&self.machine);
+        let mut all = Vec::new();
+        for range in std::iter::once(self.kernel.layout.text).chain(modules) {
+            let mut text = vec![0; usize::try_from(range.size()).unwrap()];
+            memory.read(range.start, &mut text).unwrap();
+            all.extend(text);
+        }
+        all
+    }
+
+    /// Takes a module off the guest's list, as unloading it does.
+    fn unload(&self, name: &str) {
+        let modules = self.kernel.modules(&self.machine).unwrap();
+        let module = modules.iter().find(|module| module.name == name).unwrap();
+        let list = self.kernel.types.offset_of("module", "list").unwrap();
+        let memory = self.kernel.memory(&self.machine);
+        let links = module.at.wrapping_add(list);
+        let next = memory.read_pointer(links).unwrap();
+        let previous = memory.read_pointer(links.wrapping_add(8)).unwrap();
+        for (at, value) in [(previous, next), (next.wrapping_add(8), previous)] {
+            let space = self.kernel.layout.space;
+            let place = space.translate(&self.machine, at).unwrap().unwrap().at;
+            self.machine.set(place, &value.0.to_le_bytes());
+        }
     }
 
     fn state(&self, name: &str) -> Option<State> {
-        let report = status::report(self.folder.path(), &self.machine, self.boot());
+        let report = status::report(
+            self.folder.path(),
+            &self.machine,
+            self.boot(),
+            &self.places(),
+        );
         assert!(report.notes.is_empty(), "{:?}", report.notes);
         report
             .patches
@@ -175,5 +221,49 @@ fn patches_of_different_functions_are_rolled_back_in_any_order() {
         assert_eq!(vm.state(&second.patch().name), Some(State::Applied));
         vm.rollback(&second.patch().name).unwrap();
         assert!(vm.text() == text);
+    });
+}
+
+#[test]
+fn a_patch_of_a_module_goes_with_it_and_what_it_does_elsewhere_stays() {
+    each(|vm, samples| {
+        let named = |name: &str| samples.iter().find(|it| it.patch().name == name).unwrap();
+        let (of_module, other) = (named("dummy-length"), named("proc-version"));
+        vm.apply(of_module).unwrap();
+        vm.apply(other).unwrap();
+        vm.unload("dummy");
+        assert_eq!(vm.state("dummy-length"), Some(State::NotApplied));
+        assert_eq!(vm.state("proc-version"), Some(State::Applied));
+        let gone = rollback::change(&vm.ledger(), "dummy-length").unwrap_err();
+        let gone = gone.to_string();
+        assert!(gone.contains("it went with module dummy"), "{gone}");
+        let unwinder = Unwinder::load(&vm.kernel, &vm.machine, &vm.places()).unwrap();
+        let ledger = vm.ledger();
+        let change = rollback::change(&ledger, "proc-version").unwrap();
+        vm.make(ledger, change, &unwinder).unwrap();
+        assert_eq!(vm.state("proc-version"), Some(State::NotApplied));
+    });
+}
+
+#[test]
+fn a_module_that_leaves_between_linking_and_the_stop_is_not_touched() {
+    each(|vm, samples| {
+        let of_module = samples
+            .iter()
+            .find(|it| it.patch().name == "dummy-length")
+            .unwrap();
+        let change = vm.change(of_module);
+        vm.unload("dummy");
+        let text = vm.text();
+        let unwinder = Unwinder::load(&vm.kernel, &vm.machine, &vm.places()).unwrap();
+        let edits = change.edits().to_vec();
+        let failed = vm.make(vm.ledger(), change, &unwinder).unwrap_err();
+        assert!(failed.to_string().contains("module dummy"), "{failed}");
+        assert!(vm.text() == text);
+        for edit in edits {
+            let mut now = vec![0; edit.old.len()];
+            vm.machine.read(edit.at, &mut now).unwrap();
+            assert_eq!(now, edit.old);
+        }
     });
 }

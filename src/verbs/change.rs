@@ -8,6 +8,7 @@ use vmpatch_introspect::target::StopReport;
 use vmpatch_introspect::{Gva, GvaRange};
 use vmpatch_patcher::arena::PatchRecord;
 use vmpatch_patcher::quiescence::Examined;
+use vmpatch_patcher::verify::FunctionReport;
 
 use crate::cli::{Change, Rollback};
 use crate::exit::Failure;
@@ -35,6 +36,9 @@ struct Function {
     name: String,
     site: Gva,
     replaced: Option<GvaRange>,
+    /// The patch whose version of it is no longer in effect while this one is applied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    over: Option<String>,
 }
 
 /// Parts of the stop, as the machine measured them. Microseconds.
@@ -75,7 +79,7 @@ pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
     let answer = answer(
         "checked",
         &asked.vm.vm,
-        &checked.verified.record,
+        (&checked.verified.record, &checked.verified.functions),
         stop,
         &watch,
     );
@@ -113,7 +117,13 @@ fn report(result: &'static str, vm: &str, changed: &flow::Changed, watch: &Watch
         examined: applied.examined,
         report: applied.report,
     };
-    let answer = answer(result, vm, &changed.record, stop, watch);
+    let answer = answer(
+        result,
+        vm,
+        (&changed.record, &changed.functions),
+        stop,
+        watch,
+    );
     watch.finish();
     output.answer(&answer, |answer| {
         format!(
@@ -136,7 +146,7 @@ struct Stop {
 fn answer(
     result: &'static str,
     vm: &str,
-    record: &PatchRecord,
+    (record, verified): (&PatchRecord, &[FunctionReport]),
     stop: Stop,
     watch: &Watch,
 ) -> Answer {
@@ -145,7 +155,7 @@ fn answer(
         vm: vm.to_owned(),
         patch: record.name.clone(),
         digest: record.digest.clone(),
-        functions: functions(record),
+        functions: functions(record, verified),
         attempts: stop.attempts,
         stop_window_us: microseconds(stop.report.window),
         stop_us: stop.report.into(),
@@ -155,7 +165,11 @@ fn answer(
     }
 }
 
-fn functions(record: &PatchRecord) -> Vec<Function> {
+fn functions(record: &PatchRecord, verified: &[FunctionReport]) -> Vec<Function> {
+    let over = |at: Gva| {
+        let same = verified.iter().find(|function| function.site == at);
+        same.and_then(|function| function.over.clone())
+    };
     let range = |name: &str| {
         let of_function = |busy: &&vmpatch_patcher::arena::BusyRange| busy.function == name;
         record
@@ -169,12 +183,20 @@ fn functions(record: &PatchRecord) -> Vec<Function> {
             name: site.function.clone(),
             site: site.at,
             replaced: range(&site.function),
+            over: over(site.at),
         })
         .collect()
 }
 
+fn named(function: &Function) -> String {
+    match &function.over {
+        Some(patch) => format!("{} (instead of {patch}'s)", function.name),
+        None => function.name.clone(),
+    }
+}
+
 fn text(answer: &Answer) -> String {
-    let names: Vec<_> = answer.functions.iter().map(|it| it.name.as_str()).collect();
+    let names: Vec<_> = answer.functions.iter().map(named).collect();
     let stacks = format!(
         "{} ({} searched word by word)",
         answer.stacks, answer.scanned_stacks

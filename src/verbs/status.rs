@@ -20,7 +20,7 @@ struct Answer {
 /// Asks the guest's text, its manifest and this host's journal.
 pub(crate) fn run(vm: &str, output: &Output) -> Result<(), Failure> {
     let live = Live::attach(vm)?;
-    let report = status::report(&live.journal(), live.vm(), live.boot());
+    let report = status::report(&live.journal(), live.vm(), live.boot(), &live.places()?);
     let answer = Answer {
         vm: vm.to_owned(),
         release: live.kernel.identity.release,
@@ -70,8 +70,14 @@ fn state(patch: &PatchReport) -> String {
             .is_some_and(|last| last.operation == Operation::Rollback)
     };
     match patch.state {
+        State::Applied if patch.above.is_empty() && !patch.unloaded.is_empty() => {
+            format!("applied, but for unloaded {}", patch.unloaded.join(", "))
+        }
         State::Applied if patch.above.is_empty() => "applied".to_owned(),
         State::Applied => format!("applied, beneath {}", patch.above.join(", ")),
+        State::NotApplied if !patch.unloaded.is_empty() => {
+            format!("gone with module {}", patch.unloaded.join(", "))
+        }
         State::NotApplied if rolled_back() => "rolled back".to_owned(),
         State::NotApplied => "not applied".to_owned(),
         State::Damaged => "damaged".to_owned(),

@@ -12,9 +12,10 @@ use crate::manifest::Manifest;
 use crate::{dumps, images, objects, paths};
 
 /// Patches that are linked for and applied to dumps: each another kind of change.
-const SAMPLES: [&str; 9] = [
+const SAMPLES: [&str; 10] = [
     "cmdline-suffix",
     "dev-valid-name",
+    "dummy-length",
     "getuid",
     "loadavg-const",
     "loadavg-format",
@@ -25,9 +26,14 @@ const SAMPLES: [&str; 9] = [
 ];
 /// The guest that the samples are for.
 const SAMPLED: &str = "debian-6.12";
-/// Files whose every function must be found in the guests: between them they have every kind of place that a kernel rewrites.
-const WHOLE: [&str; 8] = [
+/// Files whose every function must be found in the guests: between them they have every kind of place that a kernel rewrites,
+/// and some are of modules that are loaded where dumps are taken.
+const WHOLE: [&str; 12] = [
     "arch/x86/kernel/process_64.c",
+    "drivers/block/loop.c",
+    "drivers/net/dummy.c",
+    "drivers/net/net_failover.c",
+    "fs/fat/dir.c",
     "fs/namei.c",
     "kernel/fork.c",
     "kernel/sched/core.c",

@@ -13,7 +13,10 @@ use crate::manifest::Manifest;
 use crate::publish::Staging;
 use crate::{checksum, paths, progress};
 
-/// Folder with `old.o` and `new.o`.
+/// What the folders hold and how: another with each change of it.
+const LAYOUT: &[u8] = b"2";
+
+/// Folder with `old.o`, `new.o` and `object`, the name of what they are linked into.
 #[derive(Debug)]
 pub(crate) struct Pair {
     dir: PathBuf,
@@ -43,25 +46,36 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
             pair.old != pair.new,
             "{patch} changes nothing in the object compiled for {guest}"
         );
+        let home = pair.module.as_deref().unwrap_or("vmlinux");
+        fs::write(into.join("object"), home)?;
         fs::write(into.join("old.o"), pair.old)?;
         Ok(fs::write(into.join("new.o"), pair.new)?)
     })?;
     Ok(Pair { dir })
 }
 
-/// Compiles these files as they are for this guest.
+/// Compiles these files as they are for this guest; the folder of each has the name of what it is linked into.
 pub(crate) fn whole(manifest: &Manifest, guest: &str, files: &[&str]) -> Result<Vec<PathBuf>> {
     let recipe = images::recipe(manifest, guest)?;
     let name = |file: &str| file.trim_end_matches(".c").replace('/', "-") + ".o";
     let input = files.join("\n");
-    let dir = cached(guest, "whole", &recipe, input.as_bytes(), |tree, into| {
+    let dir = cached(guest, "files", &recipe, input.as_bytes(), |tree, into| {
         let paths: Vec<_> = files.iter().map(PathBuf::from).collect();
         for (file, made) in files.iter().zip(tree.compile(&paths)?) {
-            fs::write(into.join(name(file)), made.object)?;
+            let home = into.join(made.module.as_deref().unwrap_or("vmlinux"));
+            fs::create_dir_all(&home)?;
+            fs::write(home.join(name(file)), made.object)?;
         }
         Ok(())
     })?;
-    Ok(files.iter().map(|file| dir.join(name(file))).collect())
+    let homes = fs::read_dir(&dir)?.map(|entry| Ok(entry?.path()));
+    let homes = homes.collect::<Result<Vec<_>>>()?;
+    let found = |file: &&str| {
+        let objects = homes.iter().map(|home| home.join(name(file)));
+        objects.into_iter().find(|object| object.exists())
+    };
+    let found: Option<Vec<_>> = files.iter().map(found).collect();
+    found.with_context(|| format!("{} lacks an object", dir.display()))
 }
 
 /// The folder that `fill` filled, now or some time ago, from the same kernel and the same `input`.
@@ -72,7 +86,7 @@ fn cached(
     input: &[u8],
     fill: impl FnOnce(&Tree, &Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let digest = checksum::of_parts(&[recipe.identity.as_bytes(), input, FLAGS.as_bytes()]);
+    let digest = checksum::of_parts(&[recipe.identity.as_bytes(), input, FLAGS.as_bytes(), LAYOUT]);
     let root = paths::cache()?;
     let dir = root
         .join("objects")

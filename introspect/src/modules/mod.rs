@@ -45,6 +45,8 @@ pub struct Module {
 pub struct ModulePlace {
     /// `struct module` itself.
     pub at: Gva,
+    /// State.
+    pub state: ModuleState,
     /// Core text; empty while the module is still being set up.
     pub text: GvaRange,
     /// Init text, where it has not been freed.
@@ -59,6 +61,7 @@ impl Module {
     pub const fn place(&self) -> ModulePlace {
         ModulePlace {
             at: self.at,
+            state: self.state,
             text: self.text,
             init_text: self.init_text,
             orc: self.orc,

@@ -158,7 +158,7 @@ pub(crate) fn places(
     deadline: &Deadline,
 ) -> Result<Vec<ModulePlace>, AttachError> {
     each(memory, fields, head, deadline, |at| {
-        Ok(head_of(memory, fields, at)?.1)
+        head_of(memory, fields, at)
     })
 }
 
@@ -187,14 +187,14 @@ fn each<T>(
 }
 
 fn module(memory: &KernelMemory<'_>, fields: &ModuleFields, at: Gva) -> Result<Module, ReadError> {
-    let (state, place) = head_of(memory, fields, at)?;
+    let place = head_of(memory, fields, at)?;
     Ok(Module {
         at,
         name: memory.read_string(at.wrapping_add(fields.name), NAME)?,
-        state,
+        state: place.state,
         text: place.text,
         init_text: place.init_text,
-        symbols: if state == ModuleState::Unformed {
+        symbols: if place.state == ModuleState::Unformed {
             Symbols::default()
         } else {
             symbols(memory, fields, at)?
@@ -208,7 +208,7 @@ fn head_of(
     memory: &KernelMemory<'_>,
     fields: &ModuleFields,
     at: Gva,
-) -> Result<(ModuleState, ModulePlace), ReadError> {
+) -> Result<ModulePlace, ReadError> {
     let state = match memory.read_u32(at.wrapping_add(fields.state))? {
         0 => ModuleState::Live,
         1 => ModuleState::Coming,
@@ -217,6 +217,7 @@ fn head_of(
     };
     let mut place = ModulePlace {
         at,
+        state,
         text: GvaRange { start: at, end: at },
         init_text: None,
         orc: None,
@@ -226,7 +227,7 @@ fn head_of(
         place.init_text = text(memory, at, fields.text.init)?;
         place.orc = orc(memory, fields, at)?;
     }
-    Ok((state, place))
+    Ok(place)
 }
 
 /// Base and length, if there is any.

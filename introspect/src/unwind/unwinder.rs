@@ -95,7 +95,13 @@ impl Unwinder {
         Ok(unwinder)
     }
 
-    /// Whether the guest still has the modules that the tables were copied for, each in its place. Where another
+    /// The modules that the tables were copied for, as they were then.
+    #[must_use]
+    pub fn modules(&self) -> &[ModulePlace] {
+        &self.modules
+    }
+
+    /// Whether the guest still has the modules that the tables were copied for, each in its place and state. Where another
     /// has taken the place of one, its frames would be followed by the wrong table. Cheap enough to be asked
     /// inside a stop.
     ///

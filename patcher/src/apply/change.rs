@@ -5,7 +5,7 @@
 use vmpatch_introspect::target::{Edit, MemoryError, Target};
 use vmpatch_introspect::{Gpa, PhysicalMemory};
 
-use crate::arena::PatchRecord;
+use crate::arena::{ModuleClaim, PatchRecord};
 use crate::journal::record::{ArenaEdit, Operation};
 use crate::quiescence::BusyRanges;
 use crate::verify::Verified;
@@ -66,7 +66,8 @@ impl Change {
         Self {
             operation: Operation::Apply,
             boot: verified.boot.clone(),
-            busy: BusyRanges::new(verified.record.busy_for_apply(), &verified.record.sites),
+            busy: BusyRanges::new(verified.record.busy_for_apply(), &verified.record.sites)
+                .in_modules(verified.record.modules.iter().cloned()),
             patch: verified.record.clone(),
             edits: verified.batch(),
             arena,
@@ -74,17 +75,25 @@ impl Change {
         .checked()
     }
 
-    /// The change that takes an applied patch back: its edits reversed, gated on its new functions. Its
+    /// The change that takes an applied patch back: its edits reversed but for those in modules that are gone, gated on its
+    /// new functions. Its
     /// arena pages stay as they are, for timers and RCU callbacks may still point there.
     ///
     /// # Errors
     /// [`ChangeError::Malformed`].
-    pub fn rollback(patch: &PatchRecord, boot: &str) -> Result<Self, ChangeError> {
+    pub fn rollback(
+        patch: &PatchRecord,
+        unloaded: &[ModuleClaim],
+        boot: &str,
+    ) -> Result<Self, ChangeError> {
+        let sites: Vec<_> = patch.sites_outside(unloaded).cloned().collect();
+        let modules = patch.modules.iter();
+        let modules = modules.filter(|it| !unloaded.contains(it)).cloned();
         Self {
             operation: Operation::Rollback,
             boot: boot.to_owned(),
-            busy: BusyRanges::new(patch.busy_for_rollback(), &patch.sites),
-            edits: patch.rollback_edits(),
+            busy: BusyRanges::new(patch.busy_for_rollback(), &sites).in_modules(modules),
+            edits: patch.rollback_edits(unloaded),
             patch: patch.clone(),
             arena: Vec::new(),
         }

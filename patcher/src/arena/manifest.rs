@@ -7,6 +7,7 @@ use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 
+use super::claim::ModuleClaim;
 use super::window::WINDOW_PAGES;
 use crate::patch::SectionKind;
 use crate::patch::check::{MAX_SYMBOL_NAME, patch_name};
@@ -33,6 +34,8 @@ pub struct PatchRecord {
     pub digest: String,
     /// Pages it takes.
     pub extents: Vec<Extent>,
+    /// Modules that some of the places lie in.
+    pub modules: Vec<ModuleClaim>,
     /// Places in the guest's text that it changes.
     pub sites: Vec<SiteRecord>,
     /// Code that no task may stand in while it is applied or rolled back.
@@ -111,11 +114,10 @@ impl PatchRecord {
             .collect()
     }
 
-    /// The edits that roll it back, in order.
+    /// The edits that roll it back, in order, but for what lies in modules that are gone.
     #[must_use]
-    pub fn rollback_edits(&self) -> Vec<Edit> {
-        self.sites
-            .iter()
+    pub fn rollback_edits(&self, unloaded: &[ModuleClaim]) -> Vec<Edit> {
+        self.sites_outside(unloaded)
             .rev()
             .flat_map(|site| site.edits.iter().rev().map(Edit::reversed))
             .collect()
@@ -197,9 +199,13 @@ impl PatchRecord {
         let plain = |name: &str| patch_name(name).is_ok();
         let of_sites = self.sites.iter().map(|site| &site.function);
         let of_busy = self.busy.iter().map(|busy| &busy.function);
+        let of_modules = self.modules.iter().map(|module| &module.name);
         plain(&self.name)
             && plain(&self.digest)
-            && of_sites.chain(of_busy).all(|name| function_name(name))
+            && of_sites
+                .chain(of_busy)
+                .chain(of_modules)
+                .all(|name| function_name(name))
     }
 }
 

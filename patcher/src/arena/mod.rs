@@ -14,6 +14,7 @@
 //! Pages are handed out once and never again within one boot: timers, RCU callbacks and work items may
 //! point into text that has been rolled back.
 
+pub mod claim;
 pub mod codec;
 pub mod manifest;
 pub mod state;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use vmpatch_introspect::Gpa;
 use vmpatch_introspect::target::Edit;
 
+pub use claim::ModuleClaim;
 pub use manifest::{BusyKind, BusyRange, Extent, Manifest, PatchRecord, PatchState, SiteRecord};
 pub use state::{Arena, ArenaError, Arrival};
 
@@ -148,6 +150,7 @@ mod tests {
             name: name.into(),
             digest: "00".into(),
             extents: Vec::new(),
+            modules: Vec::new(),
             sites: vec![SiteRecord {
                 function: "f".into(),
                 at: Gva(0x1005),
@@ -175,7 +178,7 @@ mod tests {
         slot.write(Gpa(5), &[3, 4]);
         assert_eq!(record.state(&slot).unwrap(), PatchState::Applied);
         assert_eq!(
-            record.rollback_edits()[0],
+            record.rollback_edits(&[])[0],
             record.apply_edits()[0].reversed()
         );
     }

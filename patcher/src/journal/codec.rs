@@ -14,7 +14,7 @@
 use super::record::{Begun, Ending, Record};
 
 const MAGIC: &[u8; 8] = b"VMPJRNL\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 16;
 const HEAD: usize = 12;
 
@@ -255,6 +255,7 @@ mod tests {
                 name: "fix".to_owned(),
                 digest: "00".to_owned(),
                 extents: Vec::new(),
+                modules: Vec::new(),
                 sites: Vec::new(),
                 busy: Vec::new(),
             },

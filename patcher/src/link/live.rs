@@ -2,7 +2,7 @@
 //! knows nothing of patches.
 
 use vmpatch_introspect::address::PAGE_SIZE;
-use vmpatch_introspect::modules::Module;
+use vmpatch_introspect::modules::{Module, ModulePlace};
 use vmpatch_introspect::symbols::Symbols;
 use vmpatch_introspect::{Gpa, Gva, Kernel, KernelMemory, PhysicalMemory, ReadError};
 
@@ -14,6 +14,9 @@ use crate::patch::VMLINUX;
 pub trait Live {
     /// All addresses of a name in the kernel itself, in the order that livepatch's `sympos` counts.
     fn named(&self, name: &str) -> Vec<Gva>;
+
+    /// All addresses of a name that an object itself defines, in the order that livepatch's `sympos` counts.
+    fn defined_in(&self, object: &str, name: &str) -> Vec<Gva>;
 
     /// All addresses of what code of an object means by a name: those of the object itself, else those of what it may link to.
     fn named_in(&self, object: &str, name: &str) -> Vec<Gva>;
@@ -99,6 +102,12 @@ impl<'a> Guest<'a> {
         self.kernel
     }
 
+    /// Where its modules lie.
+    #[must_use]
+    pub fn places(&self) -> Vec<ModulePlace> {
+        self.modules.iter().map(Module::place).collect()
+    }
+
     /// What its boot decided, as far as code depends on it.
     ///
     /// # Errors
@@ -127,21 +136,24 @@ impl Live for Guest<'_> {
     /// A module's own names hide those of others, as when it was linked; what it does not define is the kernel's, or another
     /// module's.
     fn named_in(&self, object: &str, name: &str) -> Vec<Gva> {
-        let Some(module) = self.module(object).filter(|_| object != VMLINUX) else {
-            return self.named(name);
-        };
-        let of = |module: &Module| -> Vec<Gva> {
-            module.symbols.named(name).map(|symbol| symbol.at).collect()
-        };
-        let own = of(module);
-        if !own.is_empty() {
+        let own = self.defined_in(object, name);
+        if object == VMLINUX || !own.is_empty() {
             return own;
         }
         let kernels = self.named(name);
         if !kernels.is_empty() {
             return kernels;
         }
-        self.modules.iter().flat_map(of).collect()
+        let modules = self.modules.iter();
+        modules.flat_map(|module| defined(module, name)).collect()
+    }
+
+    fn defined_in(&self, object: &str, name: &str) -> Vec<Gva> {
+        if object == VMLINUX {
+            return self.named(name);
+        }
+        self.module(object)
+            .map_or_else(Vec::new, |module| defined(module, name))
     }
 
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
@@ -160,6 +172,10 @@ impl Live for Guest<'_> {
             |it| format!("{} [{}]", describe(&it.symbols, at), it.name),
         )
     }
+}
+
+fn defined(module: &Module, name: &str) -> Vec<Gva> {
+    module.symbols.named(name).map(|symbol| symbol.at).collect()
 }
 
 /// Symbol and distance, or the bare address.

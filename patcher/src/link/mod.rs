@@ -1,7 +1,7 @@
 //! A patch placed for one live guest: every symbol resolved, every relocation applied, every entry jump
 //! chosen. Reads the guest while it runs; writes nothing.
 //!
-//! The order is [`plan`]'s: whose the functions are ([`ownership`]), where they are (run-pre matching in
+//! The order is [`plan`]'s: what is patched already ([`layers`]), where they are (run-pre matching in
 //! [`verify`](crate::verify)), whether they can be replaced ([`region`], [`tracing`]), where the jump goes ([`entry`]),
 //! where the new code lies ([`place`]) and what it becomes there ([`code`]), by what this boot decided
 //! ([`boot`]).
@@ -9,9 +9,9 @@
 pub mod boot;
 pub mod code;
 pub mod entry;
+pub mod layers;
 pub mod live;
 pub mod names;
-pub mod ownership;
 pub mod pieces;
 pub mod place;
 pub mod plan;
@@ -77,6 +77,10 @@ pub(crate) mod tests {
         }
 
         fn named_in(&self, _object: &str, name: &str) -> Vec<Gva> {
+            self.named(name)
+        }
+
+        fn defined_in(&self, _object: &str, name: &str) -> Vec<Gva> {
             self.named(name)
         }
 

@@ -3,21 +3,21 @@
 
 use vmpatch_introspect::modules::ModuleState;
 use vmpatch_introspect::target::Edit;
-use vmpatch_introspect::{Gva, GvaRange, PhysicalMemory, ReadError};
+use vmpatch_introspect::{Gva, GvaRange, ReadError};
 
 use super::boot::Facts;
 use super::boot::facts::FactsError;
 use super::code::{self, CodeError, Context};
 use super::entry::{self, Body, Entry, EntryError};
+use super::layers::{self, LayerError, Layers};
 use super::live::{Guest, Live};
 use super::names::{Learned, Names};
-use super::ownership::{self, OwnershipError};
 use super::place::{Placement, Shape};
 use super::region::{self, RegionError};
 use super::relocate::{self, OutOfReach};
 use super::tracing::{self, TracingError};
 use crate::arena::window::{self, WindowError};
-use crate::arena::{Arena, ArenaError, BusyKind, BusyRange, PatchRecord, SiteRecord};
+use crate::arena::{Arena, ArenaError, BusyKind, BusyRange, ModuleClaim, PatchRecord, SiteRecord};
 use crate::patch::file::PatchFile;
 use crate::patch::{Patch, Replacement, SectionKind};
 use crate::verify::locate::{LocateError, Located, Wanted};
@@ -38,6 +38,8 @@ pub struct Plan<'a> {
     pub(crate) contents: Vec<Vec<u8>>,
     /// New functions, in the order of the patch.
     pub(crate) new: Vec<GvaRange>,
+    /// For each of them the patch whose version it takes the place of.
+    pub(crate) over: Vec<Option<String>>,
     /// Whether arena pages are global.
     pub(crate) global: bool,
 }
@@ -66,7 +68,7 @@ pub enum LinkError {
     Facts(#[from] FactsError),
     /// Another patch is in the way.
     #[error(transparent)]
-    Ownership(#[from] OwnershipError),
+    Layers(#[from] LayerError),
     /// An old function does not run.
     #[error(transparent)]
     Locate(#[from] LocateError),
@@ -134,7 +136,9 @@ impl<'a> Plan<'a> {
         fits(patch, guest)?;
         let digest = file.digest().to_string();
         let memory = guest.memory().physical;
-        ownership::patch_is_free(patch, &digest, arena.manifest(), memory)?;
+        let layers = Layers::find(guest, arena.manifest());
+        layers.admit(patch, &digest)?;
+        let beneath = layers.beneath(guest);
         let facts = guest.facts()?;
         let names = Names::look_up(&patch.symbols, &patch.units, guest);
         let linker = Linker {
@@ -144,9 +148,12 @@ impl<'a> Plan<'a> {
             arena,
             facts: &facts,
             names: &names,
+            layers: &layers,
+            beneath: &beneath,
         };
         let (located, learned) = linker.locate()?;
         let entries = linker.entries(&located)?;
+        let over = linker.over(&located)?;
         let placed = linker.place(&located, &entries, &learned)?;
         let global = !facts.isolated
             && window::is_global(guest.kernel().layout.space, memory, text_start(guest))?;
@@ -156,6 +163,7 @@ impl<'a> Plan<'a> {
             record: placed.record,
             contents: placed.contents,
             new: placed.new,
+            over,
             global,
             facts,
         })
@@ -216,25 +224,24 @@ struct Linker<'a> {
     arena: &'a Arena,
     facts: &'a Facts,
     names: &'a Names<'a>,
+    layers: &'a Layers,
+    /// The guest without what other patches did to it.
+    beneath: &'a dyn Live,
 }
 
 impl Linker<'_> {
-    fn memory(&self) -> &dyn PhysicalMemory {
-        self.guest.memory().physical
-    }
-
     /// Finds every old function, and learns from them what open symbols are.
     fn locate(&self) -> Result<(Vec<Located>, Learned), LinkError> {
         let matcher = Matcher {
-            live: self.guest,
+            live: self.beneath,
             facts: self.facts,
             names: self.names,
         };
         let mut learned = Learned::new();
         let mut all = Vec::with_capacity(self.patch.replaced.len());
         for wanted in &self.patch.replaced {
-            self.is_free(wanted)?;
             let object = Wanted::of(self.patch, wanted).object;
+            self.is_clear(wanted, object)?;
             let located = matcher
                 .locate(Wanted::of(self.patch, wanted), &mut learned)
                 .map_err(|error| self.rather_its_region(error, object))?;
@@ -261,13 +268,11 @@ impl Linker<'_> {
         error.into()
     }
 
-    /// Before it is compared: the jump of another patch would only read as a difference.
-    fn is_free(&self, wanted: &Replacement) -> Result<(), LinkError> {
-        let object = Wanted::of(self.patch, wanted).object;
-        for at in self.guest.named_in(object, &wanted.name) {
+    /// Before it is compared: what a patch left behind half done would only read as a difference.
+    fn is_clear(&self, wanted: &Replacement, object: &str) -> Result<(), LayerError> {
+        for at in self.guest.defined_in(object, &wanted.name) {
             if let Some(range) = GvaRange::sized(at, wanted.old.bytes.len() as u64) {
-                let manifest = self.arena.manifest();
-                ownership::function_is_free(&wanted.name, range, manifest, self.memory())?;
+                self.layers.upon(&wanted.name, range)?;
             }
         }
         Ok(())
@@ -282,12 +287,12 @@ impl Linker<'_> {
 
     fn entry(&self, wanted: &Replacement, found: &Located) -> Result<Entry, LinkError> {
         let running = self
-            .guest
+            .beneath
             .bytes(found.range.start, wanted.old.bytes.len())?;
         let parts = wanted.old_parts.iter().zip(&found.parts);
         let parts: Vec<_> = parts
             .map(|(part, range)| {
-                let running = self.guest.bytes(range.start, part.code.bytes.len())?;
+                let running = self.beneath.bytes(range.start, part.code.bytes.len())?;
                 Ok((&part.code, range.start, running))
             })
             .collect::<Result<_, ReadError>>()?;
@@ -363,6 +368,7 @@ impl Linker<'_> {
         };
         let linked = code::link(&context, shape.most_pieces())?;
         let mut busy = old_ranges(self.patch, located);
+        busy.extend(self.layers_replaced(located)?);
         busy.extend(new_ranges(
             self.patch,
             placement,
@@ -379,6 +385,7 @@ impl Linker<'_> {
             name: self.patch.name.clone(),
             digest: self.digest.clone(),
             extents: placement.extents.clone(),
+            modules: self.claims(),
             sites,
             busy,
         };
@@ -388,6 +395,40 @@ impl Linker<'_> {
             contents,
             new,
         })
+    }
+
+    /// For each function the patch that has replaced it.
+    fn over(&self, located: &[Located]) -> Result<Vec<Option<String>>, LayerError> {
+        let functions = self.patch.replaced.iter().zip(located);
+        functions
+            .map(|(wanted, found)| {
+                let upon = self.layers.upon(&wanted.name, found.range)?;
+                Ok(upon.map(|record| record.name.clone()))
+            })
+            .collect()
+    }
+
+    /// The code of other patches that this one takes the place of.
+    fn layers_replaced(&self, located: &[Located]) -> Result<Vec<BusyRange>, LayerError> {
+        let mut ranges = Vec::new();
+        for (wanted, found) in self.patch.replaced.iter().zip(located) {
+            let upon = self.layers.upon(&wanted.name, found.range)?;
+            let replaced = upon.map(|record| layers::replaced_by(record, &wanted.name));
+            ranges.extend(replaced.into_iter().flatten());
+        }
+        Ok(ranges)
+    }
+
+    fn claims(&self) -> Vec<ModuleClaim> {
+        let names = self.patch.modules().into_iter();
+        let modules = names.filter_map(|name| self.guest.module(name));
+        modules
+            .map(|module| ModuleClaim {
+                name: module.name.clone(),
+                at: module.at,
+                text: module.text,
+            })
+            .collect()
     }
 
     fn sites(&self, entries: &[Entry], new: &[GvaRange]) -> Result<Vec<SiteRecord>, LinkError> {

@@ -103,6 +103,11 @@ pub enum Finding {
     },
     /// A module has been loaded or unloaded since the unwind tables were copied.
     ModulesChanged,
+    /// A module that is to be changed is no longer there, or just being unloaded.
+    ModuleLeaves {
+        /// The module.
+        module: String,
+    },
 }
 
 /// How a task was found to stand in a function.
@@ -246,6 +251,9 @@ impl fmt::Display for Finding {
             }
             Self::ModulesChanged => {
                 write!(f, "the guest has just loaded or unloaded a module")
+            }
+            Self::ModuleLeaves { module } => {
+                write!(f, "module {module} has been or is being unloaded")
             }
         }
     }

@@ -35,8 +35,8 @@ pub struct Examined {
     pub scanned: usize,
 }
 
-/// Examines a stopped guest: same boot, every vCPU in that kernel, no text patching in flight, the same modules,
-/// nothing in the busy ranges. All of it before `deadline`, the end of what the stop's lease
+/// Examines a stopped guest: same boot, every vCPU in that kernel, no text patching in flight, the same modules, those to be
+/// changed live, nothing in the busy ranges. All of it before `deadline`, the end of what the stop's lease
 /// leaves for it.
 ///
 /// # Errors
@@ -57,6 +57,10 @@ pub fn examine(
     }
     if !witness.same_modules(memory, deadline)? {
         busy.add(Finding::ModulesChanged);
+    }
+    for claim in ranges.modules().iter().filter(|it| !witness.is_live(it)) {
+        let module = claim.name.clone();
+        busy.add(Finding::ModuleLeaves { module });
     }
     if !busy.is_empty() {
         return Err(NotQuiet::Busy(busy));

@@ -3,7 +3,7 @@
 
 use vmpatch_introspect::{Gva, GvaRange};
 
-use crate::arena::{BusyKind, BusyRange, SiteRecord};
+use crate::arena::{BusyKind, BusyRange, ModuleClaim, SiteRecord};
 
 /// Busy ranges and the inner bytes of the places to be rewritten.
 #[derive(Clone, Debug, Default)]
@@ -12,6 +12,8 @@ pub struct BusyRanges {
     rows: Vec<Row>,
     /// From the lowest start to the highest end: most words of a stack lie outside.
     hull: Option<GvaRange>,
+    /// Modules that hold places to be rewritten.
+    modules: Vec<ModuleClaim>,
 }
 
 #[derive(Clone, Debug)]
@@ -88,7 +90,26 @@ impl BusyRanges {
             start: first.range.start,
             end: reach,
         });
-        Self { rows, hull }
+        Self {
+            rows,
+            hull,
+            modules: Vec::new(),
+        }
+    }
+
+    /// The same for places that lie in these modules, which must be there and not on their way out.
+    #[must_use]
+    pub fn in_modules(self, modules: impl IntoIterator<Item = ModuleClaim>) -> Self {
+        Self {
+            modules: modules.into_iter().collect(),
+            ..self
+        }
+    }
+
+    /// The modules that hold places to be rewritten.
+    #[must_use]
+    pub fn modules(&self) -> &[ModuleClaim] {
+        &self.modules
     }
 
     /// How many ranges there are.

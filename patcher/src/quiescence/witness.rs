@@ -7,6 +7,7 @@ use vmpatch_introspect::{AttachError, Deadline, ForeignVcpu, Kernel, PhysicalMem
 
 use super::busy::Elsewhere;
 use super::gate::ReadStack;
+use crate::arena::ModuleClaim;
 
 /// Answers about one stopped guest, from its memory and registers as they are now.
 pub trait Witness {
@@ -32,6 +33,9 @@ pub trait Witness {
         memory: &dyn PhysicalMemory,
         deadline: &Deadline,
     ) -> Result<bool, AttachError>;
+
+    /// Whether a module is live where it was, by the list that [`same_modules`](Self::same_modules) compares with.
+    fn is_live(&self, module: &ModuleClaim) -> bool;
 
     /// Every stack there is: of listed, idle and exiting tasks, and of vCPUs that match none of them. Read
     /// before `deadline`, or not at all.
@@ -84,6 +88,10 @@ impl Witness for LiveKernel<'_> {
         deadline: &Deadline,
     ) -> Result<bool, AttachError> {
         self.unwinder.is_current(self.kernel, memory, deadline)
+    }
+
+    fn is_live(&self, module: &ModuleClaim) -> bool {
+        module.is_live(self.unwinder.modules())
     }
 
     fn stacks(

@@ -17,10 +17,12 @@ pub enum RollbackError {
         name: String,
     },
     /// It is known, but its sites are as before it.
-    #[error("patch {name} is not applied")]
+    #[error("patch {name} is not applied{}", gone_hint(unloaded))]
     NotApplied {
         /// Its name.
         name: String,
+        /// Modules that took their part of it along when they were unloaded.
+        unloaded: Vec<String>,
     },
     /// Its sites hold neither its old nor its new bytes.
     #[error("the guest's text at {} is neither as patch {name} left it nor as before: not touched", functions.join(", "))]
@@ -41,6 +43,14 @@ pub enum RollbackError {
     /// Its record makes no change.
     #[error(transparent)]
     Change(#[from] ChangeError),
+}
+
+/// What became of a patch whose modules are gone.
+fn gone_hint(unloaded: &[String]) -> String {
+    match unloaded {
+        [] => String::new(),
+        modules => format!(": it went with module {}", modules.join(", ")),
+    }
 }
 
 /// For who gives the file's name, as to apply.
@@ -64,7 +74,13 @@ pub fn change(ledger: &Ledger, name: &str) -> Result<Change, RollbackError> {
         .ok_or_else(|| RollbackError::NoSuchPatch { name: named() })?;
     match patch.state {
         State::Applied => {}
-        State::NotApplied => return Err(RollbackError::NotApplied { name: named() }),
+        State::NotApplied => {
+            let unloaded = patch.unloaded.iter().map(|module| module.name.clone());
+            return Err(RollbackError::NotApplied {
+                name: named(),
+                unloaded: unloaded.collect(),
+            });
+        }
         State::Damaged => {
             let functions = patch
                 .record
@@ -90,5 +106,9 @@ pub fn change(ledger: &Ledger, name: &str) -> Result<Change, RollbackError> {
             above,
         });
     }
-    Ok(Change::rollback(&patch.record, ledger.boot())?)
+    Ok(Change::rollback(
+        &patch.record,
+        &patch.unloaded,
+        ledger.boot(),
+    )?)
 }

@@ -9,10 +9,11 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use vmpatch_introspect::modules::ModulePlace;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, PhysicalMemory};
 
-use crate::arena::{BusyKind, Manifest, PatchRecord};
+use crate::arena::{BusyKind, Manifest, ModuleClaim, PatchRecord, SiteRecord};
 use crate::journal::{Entry, history};
 
 /// More patches than the arena of one boot has pages; a guest may claim more, but is not believed.
@@ -51,6 +52,8 @@ pub struct KnownPatch {
     pub source: Source,
     /// What the live bytes say.
     pub state: State,
+    /// Modules that it changed and that are gone, its changes with them.
+    pub unloaded: Vec<ModuleClaim>,
     /// Its place among the applied: 0 was peeled first, so nothing lies upon it.
     pub depth: Option<usize>,
 }
@@ -61,16 +64,28 @@ pub struct Known {
     patches: Vec<KnownPatch>,
 }
 
+impl KnownPatch {
+    /// Its places that are still there.
+    pub fn sites(&self) -> impl Iterator<Item = &SiteRecord> {
+        self.record.sites_outside(&self.unloaded)
+    }
+}
+
 impl Known {
-    /// Judges every patch that manifest or journal names for `boot`. A site that cannot be read is damaged.
+    /// Judges every patch that manifest or journal names for `boot`. A site that cannot be read is damaged; one in a module
+    /// that is not among those loaded is gone.
     #[must_use]
     pub fn judge(
         manifest: Option<&Manifest>,
         entries: &[Entry],
         boot: &str,
         memory: &dyn PhysicalMemory,
+        loaded: &[ModulePlace],
     ) -> Self {
         let mut patches = merged(manifest, entries, boot);
+        for patch in &mut patches {
+            patch.unloaded = patch.record.unloaded(loaded);
+        }
         let mut view = View {
             memory,
             peeled: BTreeMap::new(),
@@ -80,7 +95,7 @@ impl Known {
             if let Some(patch) = patches.get_mut(top) {
                 patch.state = State::Applied;
                 patch.depth = Some(depth);
-                view.peel(&patch.record);
+                view.peel(patch);
             }
             depth += 1;
         }
@@ -157,7 +172,7 @@ fn is_gone(patch: &KnownPatch, all: &[KnownPatch], view: &View<'_>) -> bool {
 }
 
 fn edits<'a>(patches: impl IntoIterator<Item = &'a KnownPatch>) -> impl Iterator<Item = &'a Edit> {
-    let sites = patches.into_iter().flat_map(|patch| &patch.record.sites);
+    let sites = patches.into_iter().flat_map(KnownPatch::sites);
     sites.flat_map(|site| &site.edits)
 }
 
@@ -185,6 +200,7 @@ fn note(patches: &mut Vec<KnownPatch>, record: &PatchRecord, source: Source) {
             record: record.clone(),
             source,
             state: State::Damaged,
+            unloaded: Vec::new(),
             depth: None,
         }),
     }
@@ -230,8 +246,8 @@ impl View<'_> {
         Ok(bytes)
     }
 
-    fn peel(&mut self, record: &PatchRecord) {
-        for edit in record.sites.iter().flat_map(|site| &site.edits) {
+    fn peel(&mut self, patch: &KnownPatch) {
+        for edit in edits([patch]) {
             let bytes = edit.old.iter().enumerate();
             self.peeled
                 .extend(bytes.map(|(index, &byte)| (edit.at.wrapping_add(index as u64), byte)));

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use vmpatch_introspect::Target;
+use vmpatch_introspect::modules::ModulePlace;
 
 use super::known::{Known, KnownPatch, State};
 use super::settle::{self, Interrupted};
@@ -51,11 +52,17 @@ pub enum AdmitError {
 }
 
 impl Ledger {
-    /// Locks and opens the journal, settles what was interrupted, and judges every patch of this boot.
+    /// Locks and opens the journal, settles what was interrupted, and judges every patch of this boot
+    /// by the modules that are loaded.
     ///
     /// # Errors
     /// [`JournalError`]; nothing was written to the guest.
-    pub fn open(folder: &Path, vm: &dyn Target, boot: &str) -> Result<Self, JournalError> {
+    pub fn open(
+        folder: &Path,
+        vm: &dyn Target,
+        boot: &str,
+        loaded: &[ModulePlace],
+    ) -> Result<Self, JournalError> {
         let journal = Journal::open(folder)?;
         let mut entries = journal.entries()?;
         let mut interrupted = None;
@@ -64,7 +71,7 @@ impl Ledger {
             entries = journal.entries()?;
         }
         let (manifest, manifest_trouble) = read_manifest(vm);
-        let known = Known::judge(manifest.as_ref(), &entries, boot, vm);
+        let known = Known::judge(manifest.as_ref(), &entries, boot, vm, loaded);
         let boot = boot.to_owned();
         Ok(Self {
             journal,

@@ -10,6 +10,7 @@ pub mod settle;
 use std::path::Path;
 
 use vmpatch_introspect::Target;
+use vmpatch_introspect::modules::ModulePlace;
 
 pub use known::{Known, KnownPatch, Source, State};
 pub use ledger::{AdmitError, Ledger};
@@ -21,10 +22,10 @@ use crate::journal::{Folder, JournalError, LockError};
 /// What holds in the guest's boot `boot`, by the journal in `folder` and the guest itself. The guest runs on.
 /// Where another vmpatch is at work, or the journal cannot be read, the report says so and tells the rest.
 #[must_use]
-pub fn report(folder: &Path, vm: &dyn Target, boot: &str) -> Report {
-    match Ledger::open(folder, vm, boot) {
+pub fn report(folder: &Path, vm: &dyn Target, boot: &str, loaded: &[ModulePlace]) -> Report {
+    match Ledger::open(folder, vm, boot, loaded) {
         Ok(ledger) => of_ledger(&ledger, vm),
-        Err(why) => without_ledger(folder, vm, boot, &why),
+        Err(why) => without_ledger(folder, vm, (boot, loaded), &why),
     }
 }
 
@@ -42,7 +43,12 @@ fn of_ledger(ledger: &Ledger, vm: &dyn Target) -> Report {
 }
 
 /// The report of somebody who may settle nothing. A change that another vmpatch is at is not interrupted.
-fn without_ledger(folder: &Path, vm: &dyn Target, boot: &str, trouble: &JournalError) -> Report {
+fn without_ledger(
+    folder: &Path,
+    vm: &dyn Target,
+    (boot, loaded): (&str, &[ModulePlace]),
+    trouble: &JournalError,
+) -> Report {
     let mut notes = vec![trouble.to_string()];
     let entries = match trouble {
         JournalError::Lock(LockError::Held { .. }) => Folder::at(folder).entries(),
@@ -54,7 +60,7 @@ fn without_ledger(folder: &Path, vm: &dyn Target, boot: &str, trouble: &JournalE
     });
     let (manifest, manifest_trouble) = ledger::read_manifest(vm);
     notes.extend(manifest_trouble.map(|why| format!("manifest: {why}")));
-    let known = Known::judge(manifest.as_ref(), &entries, boot, vm);
+    let known = Known::judge(manifest.as_ref(), &entries, boot, vm, loaded);
     Report {
         boot: boot.to_owned(),
         patches: report::patches(&known, &entries, boot, vm),

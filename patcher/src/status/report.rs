@@ -6,7 +6,7 @@ use vmpatch_introspect::{Gva, PhysicalMemory};
 
 use super::known::{Known, KnownPatch, Source, State};
 use super::settle::{Interrupted, Verdict};
-use crate::arena::{Manifest, PatchRecord};
+use crate::arena::Manifest;
 use crate::journal::{Ending, Entry, Operation};
 
 /// More patches than one boot has arena pages; the manifest that an earlier one left may claim anything.
@@ -40,6 +40,8 @@ pub struct PatchReport {
     pub source: Source,
     /// The functions it replaces.
     pub functions: Vec<String>,
+    /// Modules that it changed and that are gone, its changes with them.
+    pub unloaded: Vec<String>,
     /// Applied patches that lie upon it and must be rolled back first.
     pub above: Vec<String>,
     /// Places that hold neither its old nor its new bytes.
@@ -178,6 +180,11 @@ fn report(
         digest: record.digest.clone(),
         state: patch.state,
         source: patch.source,
+        unloaded: patch
+            .unloaded
+            .iter()
+            .map(|module| module.name.clone())
+            .collect(),
         functions: record
             .sites
             .iter()
@@ -185,16 +192,16 @@ fn report(
             .collect(),
         above: known.above(patch).into_iter().map(str::to_owned).collect(),
         damage: match patch.state {
-            State::Damaged => damage(record, memory),
+            State::Damaged => damage(patch, memory),
             State::Applied | State::NotApplied => Vec::new(),
         },
         last: last_change(entries, boot, &record.name),
     }
 }
 
-fn damage(record: &PatchRecord, memory: &dyn PhysicalMemory) -> Vec<Damage> {
+fn damage(patch: &KnownPatch, memory: &dyn PhysicalMemory) -> Vec<Damage> {
     let mut damage = Vec::new();
-    for site in &record.sites {
+    for site in patch.sites() {
         for edit in &site.edits {
             let mut found = vec![0; edit.old.len()];
             let read = memory.read(edit.at, &mut found);

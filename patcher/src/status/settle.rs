@@ -105,7 +105,7 @@ fn live_verdict(begun: &Begun, memory: &dyn PhysicalMemory) -> Verdict {
     // The sites alone tell: page-table entries of the same batch belong to whoever maps the arena.
     let edits = match begun.operation {
         Operation::Apply => begun.patch.apply_edits(),
-        Operation::Rollback => begun.patch.rollback_edits(),
+        Operation::Rollback => begun.edits.clone(),
     };
     if edits.iter().all(|edit| holds(memory, edit, &edit.old)) {
         Verdict::NotWritten

@@ -10,6 +10,7 @@ use vmpatch_introspect::{
     AttachError, Deadline, Gpa, Gva, GvaRange, PhysicalMemory, ReadError, Vcpu,
 };
 
+use crate::arena::ModuleClaim;
 use crate::quiescence::gate::ReadStack;
 use crate::quiescence::{Elsewhere, Witness};
 
@@ -110,6 +111,10 @@ impl Witness for ScriptedGuest {
         _deadline: &Deadline,
     ) -> Result<bool, AttachError> {
         Ok(self.same_modules.get())
+    }
+
+    fn is_live(&self, _module: &ModuleClaim) -> bool {
+        self.same_modules.get()
     }
 
     fn stacks(

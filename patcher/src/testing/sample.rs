@@ -104,6 +104,7 @@ fn record(machine: &Machine, name: &str, page: u32) -> PatchRecord {
             pages: 1,
             kind: SectionKind::Text,
         }],
+        modules: Vec::new(),
         sites: vec![
             site(machine, "first", FIRST, new(0)),
             site(machine, "second", SECOND, new(1)),

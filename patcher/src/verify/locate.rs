@@ -141,7 +141,7 @@ impl Matcher<'_> {
             name: name.to_owned(),
             sympos,
         };
-        let mut candidates = self.live.named_in(object, name);
+        let mut candidates = self.live.defined_in(object, name);
         if let Some(position) = sympos {
             let index = position.checked_sub(1).ok_or_else(absent)? as usize;
             candidates = candidates.get(index).copied().into_iter().collect();

@@ -12,8 +12,9 @@ use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gva, GvaRange};
 
 use crate::arena::{Arena, ArenaError, ArenaWrite, BusyRange, MapEdits, PatchRecord};
+use crate::link::layers::Layers;
 use crate::link::names::{Learned, Names};
-use crate::link::{Guest, Plan};
+use crate::link::{Guest, Live, Plan};
 use locate::{LocateError, Wanted};
 use run_pre::Matcher;
 
@@ -53,7 +54,8 @@ impl VerifyError {
 /// # Errors
 /// [`VerifyError`].
 pub fn verify(plan: Plan<'_>, guest: &Guest<'_>, arena: &Arena) -> Result<Verified, VerifyError> {
-    old_functions_run(&plan, guest)?;
+    let layers = Layers::find(guest, arena.manifest());
+    old_functions_run(&plan, guest, &layers.beneath(guest))?;
     for site in &plan.record.sites {
         for edit in &site.edits {
             let mut now = vec![0; edit.old.len()];
@@ -76,10 +78,14 @@ pub fn verify(plan: Plan<'_>, guest: &Guest<'_>, arena: &Arena) -> Result<Verifi
     })
 }
 
-fn old_functions_run(plan: &Plan<'_>, guest: &Guest<'_>) -> Result<(), VerifyError> {
+fn old_functions_run(
+    plan: &Plan<'_>,
+    guest: &Guest<'_>,
+    beneath: &dyn Live,
+) -> Result<(), VerifyError> {
     let names = Names::look_up(&plan.patch.symbols, &plan.patch.units, guest);
     let matcher = Matcher {
-        live: guest,
+        live: beneath,
         facts: &plan.facts,
         names: &names,
     };
@@ -97,11 +103,13 @@ fn old_functions_run(plan: &Plan<'_>, guest: &Guest<'_>) -> Result<(), VerifyErr
 fn reports(plan: &Plan<'_>) -> Vec<FunctionReport> {
     let functions = plan.located.iter().zip(&plan.new).zip(&plan.record.sites);
     functions
-        .map(|((old, new), site)| FunctionReport {
+        .zip(&plan.over)
+        .map(|(((old, new), site), over)| FunctionReport {
             name: site.function.clone(),
             old: old.range,
             new: *new,
             site: site.at,
+            over: over.clone(),
         })
         .collect()
 }
@@ -149,4 +157,6 @@ pub struct FunctionReport {
     pub new: GvaRange,
     /// Where the entry jump goes.
     pub site: Gva,
+    /// The applied patch whose version of it is no longer in effect while this one is applied.
+    pub over: Option<String>,
 }

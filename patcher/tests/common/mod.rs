@@ -84,11 +84,11 @@ impl Bench {
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
-        Ledger::open(self.folder.path(), &self.machine, BOOT).unwrap()
+        Ledger::open(self.folder.path(), &self.machine, BOOT, &[]).unwrap()
     }
 
     pub(crate) fn report(&self) -> Report {
-        status::report(self.folder.path(), &self.machine, BOOT)
+        status::report(self.folder.path(), &self.machine, BOOT, &[])
     }
 
     pub(crate) fn state(&self, name: &str) -> Option<State> {

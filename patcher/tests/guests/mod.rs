@@ -1,6 +1,6 @@
 //! A stopped guest that can be changed: a dump with pages written over, and an arena slot. The folder of
 //! dumps is named by `VMPATCH_DUMPS`, the folder of samples by `VMPATCH_SAMPLES`: for each a folder with the
-//! pair of objects (`old.o`, `new.o`) that a patch for Debian's 6.12 cloud kernel is built from. Without them
+//! pair of objects (`old.o`, `new.o`) and the name of what they are linked into (`object`) that a patch for Debian's 6.12 cloud kernel is built from. Without them
 //! such tests are skipped, loudly; `cargo xtask test` makes both.
 #![allow(dead_code, reason = "each test uses its own part")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "only tests use it")]
@@ -11,10 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use vmpatch_introspect::address::PAGE_SIZE;
+use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Dump, Gpa, GpaRange, Kernel, PhysicalMemory};
 use vmpatch_patcher::arena::ArenaWrite;
 use vmpatch_patcher::build::{BuildOptions, ObjectPair, build};
+use vmpatch_patcher::link;
 use vmpatch_patcher::patch::file::PatchFile;
 
 /// Where the slot lies: above any RAM of a dump.
@@ -26,6 +28,8 @@ const SLOT: GpaRange = GpaRange {
 /// A stopped guest.
 pub(crate) struct Guest {
     pub(crate) kernel: Kernel,
+    /// Its modules.
+    pub(crate) modules: Vec<Module>,
     dump: Dump,
     pages: RefCell<BTreeMap<u64, Vec<u8>>>,
 }
@@ -78,11 +82,18 @@ impl Guest {
     fn at(folder: &Path) -> Self {
         let dump = Dump::open(folder).unwrap();
         let kernel = Kernel::attach(&dump, dump.vcpus()).unwrap();
+        let modules = kernel.modules(&dump).unwrap();
         Self {
             kernel,
+            modules,
             dump,
             pages: RefCell::default(),
         }
+    }
+
+    /// How linking sees it.
+    pub(crate) fn view(&self) -> link::Guest<'_> {
+        link::Guest::new(&self.kernel, self).with_modules(&self.modules)
     }
 
     /// Undoes every write.
@@ -188,16 +199,17 @@ fn all_samples(folder: &Path) -> Vec<PatchFile> {
 
 fn sample(pair: &Path) -> PatchFile {
     let name = pair.file_name().unwrap().to_string_lossy().into_owned();
-    let object = |file| std::fs::read(pair.join(file)).unwrap();
+    let bytes = |file| std::fs::read(pair.join(file)).unwrap();
     let options = BuildOptions {
         name: name.clone(),
         ..BuildOptions::default()
     };
+    let home = std::fs::read_to_string(pair.join("object")).unwrap();
     let pair = ObjectPair {
         file: &name,
-        object: "vmlinux",
-        old: &object("old.o"),
-        new: &object("new.o"),
+        object: &home,
+        old: &bytes("old.o"),
+        new: &bytes("new.o"),
         wide: None,
     };
     let (patch, _) = build(&[pair], &options).unwrap_or_else(|why| panic!("{name}: {why}"));
