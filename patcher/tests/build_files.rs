@@ -10,7 +10,7 @@ use vmpatch_patcher::patch::{Patch, Symbol};
 const ONE: &str = "int one(int n) { return printk(\"one\", n); }";
 const TWO: &str = "int two(int n) { return printk(\"two\", n); }";
 
-fn new_body<'a>(patch: &'a Patch, function: &str) -> Vec<String> {
+fn new_body(patch: &Patch, function: &str) -> Vec<String> {
     let found = patch.replaced.iter().find(|it| it.name == function);
     let section = &patch.sections[found.unwrap().new_section as usize];
     named(patch, &section.relocations)
