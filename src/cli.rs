@@ -175,6 +175,9 @@ The source is that of the running kernel and is not changed. It is made ready on
 minute or so, in $VMPATCH_CACHE (by default ~/.cache/vmpatch); from then on a file takes seconds.
 Needs what a kernel needs to be built, the compiler that the configuration names, and `patch`.
 
+Of one of Debian's kernels, whose source and configuration apt fetches into the same place:
+  vmpatch build --debian 6.12.107+deb12-cloud-amd64 --diff fix.patch -o fix.vmpatch
+
 From two objects, compiled with the flags of the running kernel and two more:
   make KCFLAGS='-ffunction-sections -fdata-sections' fs/proc/version.o
   vmpatch build --old old.o --new new.o -o fix.vmpatch
@@ -191,13 +194,25 @@ pub(crate) struct Build {
     #[arg(long, value_name = "OBJECT", requires = "old", value_parser = parse_object)]
     pub(crate) object: Vec<String>,
     /// Source of the running kernel.
-    #[arg(long, value_name = "DIR", requires_all = ["config", "diff"], required_unless_present = "old")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires_all = ["config", "diff"],
+        required_unless_present_any = ["old", "debian"]
+    )]
     pub(crate) source: Option<PathBuf>,
     /// Configuration that the running kernel was built with.
     #[arg(long, value_name = "FILE", requires = "source")]
     pub(crate) config: Option<PathBuf>,
+    /// The running kernel is Debian's of this package version, or of this release (`uname -r`): source and configuration are
+    /// fetched with apt.
+    #[arg(long, value_name = "VERSION", requires = "diff", conflicts_with_all = ["source", "config", "old"])]
+    pub(crate) debian: Option<String>,
+    /// Flavour of Debian's kernel, such as `cloud-amd64`. Default: that of the release, else `amd64`.
+    #[arg(long, requires = "debian")]
+    pub(crate) flavour: Option<String>,
     /// Diff of the fix, unified, with one folder before each path (`a/`, `b/`).
-    #[arg(long, value_name = "FILE", requires = "source")]
+    #[arg(long, value_name = "FILE", conflicts_with = "old")]
     pub(crate) diff: Option<PathBuf>,
     /// How many files may be compiled because they include a header that the diff changes.
     #[arg(long, value_name = "N", default_value_t = 64, requires = "diff")]

@@ -66,6 +66,17 @@ impl From<MachineError> for Failure {
     }
 }
 
+impl From<vmpatch_kbuild::DebianError> for Failure {
+    fn from(error: vmpatch_kbuild::DebianError) -> Self {
+        use vmpatch_kbuild::DebianError as Error;
+        match error {
+            Error::Failed(error) => error.into(),
+            Error::Name(_) | Error::Flavour { .. } => Self::Usage(error.to_string()),
+            _ => Self::refused(error),
+        }
+    }
+}
+
 impl From<vmpatch_kbuild::BuildError> for Failure {
     fn from(error: vmpatch_kbuild::BuildError) -> Self {
         use vmpatch_kbuild::BuildError as Error;

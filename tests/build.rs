@@ -134,6 +134,20 @@ fn a_diff_gives_the_patch_that_its_objects_give() {
     kernel.refuses(&config, moved, &["nothing changed"]);
     let other = config.replace("gcc-12 (Debian", "gcc-12 (other");
     kernel.refuses(&other, &nothing, &["gcc-12 (other", "here is"]);
+    let older = config.replace("# Linux/x86 6.", "# Linux/x86 5.");
+    kernel.refuses(&older, &nothing, &["of Linux 5.", "the source of 6."]);
+    let strange = config.clone() + "CONFIG_NO_SUCH_OPTION=y\n";
+    kernel.refuses(
+        &strange,
+        &nothing,
+        &["CONFIG_NO_SUCH_OPTION is y and becomes absent"],
+    );
+    let wrong = nothing.replace("+\n", "+no C\n");
+    kernel.refuses(
+        &config,
+        &wrong,
+        &["does not compile", "fs/proc/version.c", "error:"],
+    );
     let arm = moved.replace("fs/ext4/super.c", "arch/x86/boot/main.c");
     kernel.refuses(
         &config,

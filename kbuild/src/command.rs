@@ -7,6 +7,9 @@ use crate::error::BuildError;
 /// How many lines of a failed program's output are shown.
 const LAST_WORDS: usize = 25;
 
+/// How many errors that were told before.
+const ERRORS: usize = 10;
+
 /// Runs to the end, whatever comes of it.
 pub(crate) fn finish(command: &mut Command) -> Result<Output, BuildError> {
     let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output();
@@ -28,12 +31,33 @@ pub(crate) fn succeed(what: &str, command: &mut Command) -> Result<Output, Build
     }
 }
 
-/// The end of all that a program said, which tells why it failed.
+/// What a program said of errors, and the end of all that it said, which tell why it failed.
 #[must_use]
 pub fn last_words(output: &Output) -> String {
     let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.push_str(&String::from_utf8_lossy(&output.stderr));
     let lines: Vec<&str> = text.lines().collect();
     let skipped = lines.len().saturating_sub(LAST_WORDS);
-    lines.get(skipped..).unwrap_or_default().join("\n")
+    let (before, last) = lines.split_at(skipped);
+    // A compiler may say much of each error, and what it was about first.
+    let errors = before.iter().filter(|line| line.contains(": error: "));
+    let told: Vec<&str> = errors.take(ERRORS).chain(last).copied().collect();
+    told.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_told_however_much_was_said_after_them() {
+        let script = "echo 'a.c:1:2: error: first' >&2; seq 100 >&2; echo last >&2; exit 1";
+        let failed = succeed("it", Command::new("sh").args(["-c", script])).unwrap_err();
+        let said = failed.to_string();
+        assert!(
+            said.contains("error: first") && said.ends_with("last"),
+            "{said}"
+        );
+        assert!(!said.contains("\n50\n"), "{said}");
+    }
 }

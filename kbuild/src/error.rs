@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::config::Changed;
 use crate::diff::{DiffError, Files};
 
 /// Why no objects were made.
@@ -41,6 +42,24 @@ pub enum BuildError {
         /// The program.
         program: String,
     },
+    /// The configuration is of another version.
+    #[error("the configuration is of Linux {config}, the source of {source_version}")]
+    ConfigOfAnother {
+        /// Of the configuration.
+        config: String,
+        /// Of the source.
+        source_version: String,
+    },
+    /// The configuration is not one that this source can have here.
+    #[error(
+        "this is not the configuration of a kernel of this source as it would be built here, where {}: take the one \
+         the kernel was built with, and install what it was built with, such as pahole for BTF",
+        changes(.0)
+    )]
+    ConfigChanges(Vec<Changed>),
+    /// The changed source does not compile.
+    #[error("with the change the source does not compile:\n{0}")]
+    DoesNotCompile(String),
     /// The diff cannot be read, or not be used.
     #[error("{0}")]
     Diff(#[from] DiffError),
@@ -114,6 +133,16 @@ pub enum BuildError {
         /// Why.
         why: io::Error,
     },
+}
+
+/// The first few of the options.
+fn changes(all: &[Changed]) -> String {
+    let told = all.iter().take(5).map(ToString::to_string);
+    let told: Vec<_> = told.collect();
+    match all.len().saturating_sub(told.len()) {
+        0 => told.join(", "),
+        more => format!("{}, and {more} more", told.join(", ")),
+    }
 }
 
 /// Tells where it happened.

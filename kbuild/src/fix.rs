@@ -72,6 +72,21 @@ pub enum Why {
     Same,
 }
 
+/// A failure with the change that there was none of without it: the change is the reason.
+fn of_change(error: BuildError) -> BuildError {
+    let BuildError::Failed { said, .. } = error else {
+        return error;
+    };
+    let errors: Vec<_> = said
+        .lines()
+        .filter(|line| line.contains("error:"))
+        .collect();
+    BuildError::DoesNotCompile(match errors.is_empty() {
+        true => said,
+        false => errors.join("\n"),
+    })
+}
+
 /// What the compiler of assembly is told of types; all of it is made with these (Linux v6.12 Kbuild).
 const OFFSETS: [&str; 2] = [
     "include/generated/asm-offsets.h",
@@ -114,7 +129,7 @@ impl Tree {
         let offsets = self.offsets();
         self.apply(diff)?;
         step(&format!("compiling with the change: {} files", files.len()));
-        let new = self.compile(&files)?;
+        let new = self.compile(&files).map_err(of_change)?;
         let other = offsets.iter().zip(self.offsets());
         let other = other.zip(OFFSETS).find(|((old, new), _)| *old != new);
         if let Some((_, name)) = other {

@@ -10,20 +10,25 @@
 //! The source itself is never written to: a tree of links stands before it ([`shadow`]).
 
 mod affected;
+pub mod apt;
 pub mod cache;
 mod code;
 pub mod command;
 mod compiler;
+pub mod config;
 mod configured;
+pub mod debian;
 pub mod diff;
 mod error;
 pub mod fix;
 mod includes;
 mod lines;
+pub mod publish;
 pub mod shadow;
 pub mod tree;
 mod wide;
 
+pub use debian::{Debian, DebianError};
 pub use diff::Diff;
 pub use error::BuildError;
 pub use fix::{Built, Pair};

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::command;
 use crate::compiler::Compiler;
+use crate::config;
 use crate::configured::{self, Configured};
 use crate::error::{At, BuildError};
 use crate::shadow::Shadow;
@@ -58,6 +59,7 @@ impl Tree {
             }
         }
         let source = source.canonicalize().at(source)?;
+        same_version(&source, config)?;
         let compiler = Compiler::of(config)?;
         let root = cache.join("kbuild").join(name(&source, config, &compiler)?);
         fs::create_dir_all(&root).at(&root)?;
@@ -78,6 +80,7 @@ impl Tree {
             tree.prepare(config)?;
             fs::write(&ready, "").at(&ready)?;
         }
+        tree.agrees(config)?;
         Ok(tree)
     }
 
@@ -86,7 +89,18 @@ impl Tree {
         let to = self.out.join(".config");
         fs::write(&to, config).at(&to)?;
         self.make(&["olddefconfig"])?;
+        self.agrees(config)?;
         self.make(&["prepare"]).map(drop)
+    }
+
+    /// That the kernel's own tools take the configuration as it is.
+    fn agrees(&self, config: &str) -> Result<(), BuildError> {
+        let at = self.out.join(".config");
+        let settled = fs::read_to_string(&at).at(&at)?;
+        match config::changed(config, &settled) {
+            changed if changed.is_empty() => Ok(()),
+            changed => Err(BuildError::ConfigChanges(changed)),
+        }
     }
 
     /// What the compiler says of itself.
@@ -151,6 +165,19 @@ impl Tree {
             .current_dir(self.shadow.root());
         let what = format!("the kernel's own `make {}`", targets.join(" "));
         Ok(command::succeed(&what, &mut make)?.stdout)
+    }
+}
+
+/// That a configuration says it is of the source's version, if both say so.
+fn same_version(source: &Path, config: &str) -> Result<(), BuildError> {
+    let makefile = source.join("Makefile");
+    let makefile = fs::read_to_string(&makefile).at(&makefile)?;
+    match (config::source_version(&makefile), config::version(config)) {
+        (Some(source), Some(config)) if source != config => Err(BuildError::ConfigOfAnother {
+            config: config.to_owned(),
+            source_version: source,
+        }),
+        _ => Ok(()),
     }
 }
 

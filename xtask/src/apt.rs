@@ -1,12 +1,12 @@
-//! This machine's package manager: tools installed, guest packages fetched. Names no archive; that is the machine's own
+//! This machine's package manager: tools installed, what its backports have. Names no archive; that is the machine's own
 //! configuration. Does not know what the packages are for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Once;
 
 use anyhow::{Context, Result, bail};
+use vmpatch_kbuild::apt::update;
 
 use crate::manifest::Tool;
 use crate::{progress, run};
@@ -58,26 +58,6 @@ fn is_there(tool: &Tool) -> bool {
             .into_iter()
             .flatten()
             .any(|f| Path::new(f).exists())
-}
-
-/// Fetches one package file of exactly this version into `dir`.
-pub(crate) fn download(package: &str, version: &str, dir: &Path) -> Result<()> {
-    let spec = format!("{package}={version}");
-    let fetch = || {
-        run::quiet(
-            Command::new("apt-get")
-                .args(["download", "-q", &spec])
-                .current_dir(dir),
-        )
-    };
-    if fetch().is_ok() {
-        return Ok(());
-    }
-    // Lists may be absent or old on a fresh machine: once anew, then the answer counts.
-    update()?;
-    fetch()
-        .map(drop)
-        .with_context(|| format!("cannot fetch {spec} from this machine's package archive"))
 }
 
 /// The backports of this machine's distribution, read beside the machine's own configuration, which stays as it is.
@@ -178,16 +158,6 @@ fn source_line(indexes: &str, keyring: bool) -> Result<String> {
     Ok(format!("deb {signed}{address} {code}-backports main\n"))
 }
 
-/// Package names that match an extended regular expression.
-pub(crate) fn names(pattern: &str) -> Result<Vec<String>> {
-    let text = run::stdout(Command::new("apt-cache").args(["search", "--names-only", pattern]))?;
-    Ok(text
-        .lines()
-        .filter_map(|l| l.split_whitespace().next())
-        .map(str::to_owned)
-        .collect())
-}
-
 /// The newest version of a package that the archive has.
 pub(crate) fn newest_version(package: &str) -> Result<String> {
     let text = run::stdout(Command::new("apt-cache").args(["show", "--no-all-versions", package]))?;
@@ -203,15 +173,6 @@ pub(crate) fn is_newer(a: &str, b: &str) -> bool {
         .args(["--compare-versions", a, "gt", b])
         .status()
         .is_ok_and(|s| s.success())
-}
-
-fn update() -> Result<()> {
-    static UPDATED: Once = Once::new();
-    let mut result = Ok(());
-    UPDATED.call_once(|| {
-        result = run::quiet(Command::new("apt-get").args(["update", "-q"])).map(drop);
-    });
-    result.context("cannot read the package lists (run as root, with the network up)")
 }
 
 #[cfg(test)]

@@ -18,7 +18,6 @@ mod objects;
 mod packages;
 mod paths;
 mod progress;
-mod publish;
 mod run;
 mod source;
 mod tally;
@@ -28,6 +27,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+
+pub(crate) use vmpatch_kbuild::publish;
 
 /// Developer commands of vmpatch
 #[derive(Debug, Parser)]

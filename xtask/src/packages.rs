@@ -43,7 +43,7 @@ fn cached_but_wrong(guest: &Guest, package: &Package) -> Result<bool> {
 
 fn substitute(guest: &Guest) -> Result<Guest> {
     let mut best: Option<Guest> = None;
-    for name in apt::names(&guest.substitute)? {
+    for name in vmpatch_kbuild::apt::names(&guest.substitute)? {
         let version = apt::newest_version(&name)?;
         if best
             .as_ref()
@@ -67,7 +67,12 @@ pub(crate) fn fetch(guest: &Guest, package: &Package) -> Result<PathBuf> {
     }
     let step = progress::step(format!("fetching {name} {}", guest.version));
     let staging = Staging::beside(&dir.join(&name))?;
-    apt::download(&name, &guest.version, staging.dir())?;
+    let wanted = vmpatch_kbuild::apt::Package {
+        name: name.clone(),
+        version: guest.version.clone(),
+    };
+    vmpatch_kbuild::apt::download(&wanted, staging.dir())
+        .with_context(|| format!("cannot fetch {name} from this machine's package archive"))?;
     let fetched = find(staging.dir(), &name, &guest.version)?
         .with_context(|| format!("{name} was fetched but is not there"))?;
     let fetched = verified(fetched, package)?;

@@ -131,6 +131,7 @@ mod tests {
         };
         let origin = Origin {
             compiler: "gcc".to_owned(),
+            release: None,
             ignored: vec![ignored("a.rst", false), ignored("b.c", true)],
         };
         let short = origin.text(false);

@@ -2,6 +2,7 @@
 
 mod answer;
 mod given;
+mod kernel;
 mod objects;
 
 use vmpatch_patcher::build::{BuildError, BuildOptions, build};
@@ -12,15 +13,16 @@ use crate::cli::Build;
 use crate::exit::Failure;
 use crate::report::Output;
 use answer::Answer;
-use objects::Objects;
+use objects::{Objects, Origin};
 
 /// Compares the objects and writes the patch.
 pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
-    let options = BuildOptions {
-        name: name(asked)?,
-        requires: requires(asked),
-    };
+    let name = name(asked)?;
     let objects = Objects::of(asked, output)?;
+    let options = BuildOptions {
+        name,
+        requires: requires(asked, objects.origin.as_ref()),
+    };
     let (patch, report) =
         build(&objects.pairs(), &options).map_err(|error| refusal(error, asked.explain))?;
     let file = PatchFile::new(patch)?;
@@ -54,9 +56,11 @@ fn refusal(error: BuildError, explain: bool) -> Failure {
     }
 }
 
-fn requires(asked: &Build) -> Requirement {
+/// What the call says the guest must be, or else the kernel that was compiled.
+fn requires(asked: &Build, origin: Option<&Origin>) -> Requirement {
+    let compiled = || origin?.release.clone();
     Requirement {
-        release: asked.release.clone(),
+        release: asked.release.clone().or_else(compiled),
         build_id: asked.build_id.as_ref().map(|id| id.to_ascii_lowercase()),
     }
 }
@@ -112,6 +116,8 @@ mod tests {
             "--old a --new b",
             "--old a --new b --old c --new d --object ext4 --object vmlinux",
             "--source s --config c --diff d --explain",
+            "--debian 6.12.107-1 --diff d",
+            "--debian 6.12.107-1 --flavour cloud-amd64 --diff d",
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }
@@ -126,6 +132,10 @@ mod tests {
             "--old a --new b --diff d",
             "--source s --config c --diff d --object ext4",
             "--old a --new b --object a/b",
+            "--debian 6.12.107-1",
+            "--debian 6.12.107-1 --source s --config c --diff d",
+            "--flavour cloud-amd64 --source s --config c --diff d",
+            "--diff d",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

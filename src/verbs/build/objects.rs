@@ -11,6 +11,7 @@ use vmpatch_patcher::build::ObjectPair;
 use vmpatch_patcher::patch::VMLINUX;
 
 use super::given::given;
+use super::kernel::Kernel;
 use crate::cli::Build;
 use crate::exit::Failure;
 use crate::report::Output;
@@ -36,6 +37,9 @@ pub(super) struct Objects {
 pub(super) struct Origin {
     /// What the compiler says of itself.
     pub(super) compiler: String,
+    /// Of which kernel, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) release: Option<String>,
     /// Files that make no difference to the running kernel.
     pub(super) ignored: Vec<Ignored>,
 }
@@ -59,14 +63,18 @@ impl Objects {
                 origin: None,
             });
         }
-        match (&asked.source, &asked.config, &asked.diff) {
-            (Some(source), Some(config), Some(diff)) => {
-                compiled((source, config, diff), asked.most_objects, output)
-            }
-            _ => Err(Failure::Usage(
-                "give --old and --new, or --source, --config and --diff".to_owned(),
-            )),
-        }
+        let diff = asked.diff.as_ref().ok_or_else(|| {
+            let needed =
+                "give --old and --new, or --diff with --source and --config or with --debian";
+            Failure::Usage(needed.to_owned())
+        })?;
+        let diff = Diff::parse(&read(diff, "diff")?).map_err(vmpatch_kbuild::BuildError::from)?;
+        let progress = output.progress("reading the source");
+        let step = |what: &str| progress.set_message(what.to_owned());
+        let kernel = Kernel::of(asked, &step)?;
+        let made = compiled(&kernel, &diff, asked.most_objects, &step);
+        progress.finish_and_clear();
+        made
     }
 
     pub(super) fn pairs(&self) -> Vec<ObjectPair<'_>> {
@@ -109,22 +117,18 @@ impl From<LeftOut> for Ignored {
 }
 
 fn compiled(
-    (source, config, diff): (&Path, &Path, &Path),
+    kernel: &Kernel,
+    diff: &Diff,
     most: usize,
-    output: &Output,
+    step: &dyn Fn(&str),
 ) -> Result<Objects, Failure> {
-    let diff = Diff::parse(&read(diff, "diff")?).map_err(vmpatch_kbuild::BuildError::from)?;
-    let config = String::from_utf8_lossy(&read(config, "configuration")?).into_owned();
-    let cache = vmpatch_kbuild::cache::dir().map_err(|error| Failure::Usage(error.to_string()))?;
-    let progress = output.progress("reading the source");
-    let step = |what: &str| progress.set_message(what.to_owned());
-    let tree = Tree::ready(source, &config, &cache, &step)?;
-    let built = tree.compile_both(&diff, most, &step)?;
-    progress.finish_and_clear();
+    let tree = Tree::ready(&kernel.source, &kernel.config, &kernel.cache, step)?;
+    let built = tree.compile_both(diff, most, step)?;
     Ok(Objects {
         files: built.pairs.into_iter().map(File::from).collect(),
         origin: Some(Origin {
             compiler: tree.compiler().to_owned(),
+            release: kernel.release.clone(),
             ignored: built.left_out.into_iter().map(Ignored::from).collect(),
         }),
     })

@@ -126,7 +126,7 @@ fn compile(source: &Path, fragment: &str, planted: Planted, target: &Path) -> Re
     fs::copy(dir.join("vmlinux.symvers"), dir.join("Module.symvers"))
         .context("no vmlinux.symvers")?;
     relocate(dir, target)?;
-    staging.publish()
+    Ok(staging.publish()?)
 }
 
 /// The folder is renamed when it is done; its generated Makefile holds no path of its own but that of the source.

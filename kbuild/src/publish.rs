@@ -2,28 +2,31 @@
 //! the whole thing. Does not lock: who may make the same thing at once holds a lock of their own.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use crate::error::{At, BuildError};
 
 /// A folder next to `target` to build in; removed on drop unless published.
 #[derive(Debug)]
-pub(crate) struct Staging {
+pub struct Staging {
     dir: PathBuf,
     target: PathBuf,
 }
 
 impl Staging {
     /// An empty folder beside `target`, on the same file system.
-    pub(crate) fn beside(target: &Path) -> Result<Self> {
-        let parent = target.parent().context("a target needs a parent folder")?;
-        let name = target
-            .file_name()
-            .context("a target needs a name")?
-            .to_string_lossy();
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn beside(target: &Path) -> Result<Self, BuildError> {
+        let nameless = || io::Error::new(io::ErrorKind::InvalidInput, "no name within a folder");
+        let parts = target.parent().zip(target.file_name());
+        let (parent, name) = parts.ok_or_else(nameless).at(target)?;
+        let name = name.to_string_lossy();
         let dir = parent.join(format!(".{name}.{}.part", std::process::id()));
         clear_abandoned(parent, &format!(".{name}."));
-        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        fs::create_dir_all(&dir).at(&dir)?;
         Ok(Self {
             dir,
             target: target.to_path_buf(),
@@ -31,24 +34,28 @@ impl Staging {
     }
 
     /// The folder to work in.
-    pub(crate) fn dir(&self) -> &Path {
+    #[must_use]
+    pub fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// Makes the whole folder the target. A target that is there already is replaced.
-    pub(crate) fn publish(self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn publish(self) -> Result<(), BuildError> {
         if self.target.exists() {
-            fs::remove_dir_all(&self.target)
-                .with_context(|| format!("cannot replace {}", self.target.display()))?;
+            fs::remove_dir_all(&self.target).at(&self.target)?;
         }
-        fs::rename(&self.dir, &self.target)
-            .with_context(|| format!("cannot publish {}", self.target.display()))
+        fs::rename(&self.dir, &self.target).at(&self.target)
     }
 
     /// Makes one file of the folder the target.
-    pub(crate) fn publish_file(self, name: &str) -> Result<()> {
-        fs::rename(self.dir.join(name), &self.target)
-            .with_context(|| format!("cannot publish {}", self.target.display()))
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn publish_file(self, name: &str) -> Result<(), BuildError> {
+        fs::rename(self.dir.join(name), &self.target).at(&self.target)
     }
 }
 
@@ -77,11 +84,13 @@ fn clear_abandoned(parent: &Path, prefix: &str) {
 }
 
 /// Writes `bytes` to `path` in one step.
-pub(crate) fn file(path: &Path, bytes: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// [`BuildError::File`].
+pub fn file(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
     let staging = Staging::beside(path)?;
     let name = "file";
-    fs::write(staging.dir().join(name), bytes)
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    fs::write(staging.dir().join(name), bytes).at(path)?;
     staging.publish_file(name)
 }
 
