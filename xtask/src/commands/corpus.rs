@@ -39,7 +39,13 @@ pub(crate) fn run(args: &CorpusArgs) -> Result<i32> {
     let entries = Entry::load(&args.names)?;
     let kernel = kernel(&manifest, GUEST)?;
     let modules = modules(&manifest, &entries)?;
-    let bench = Workbench::prepare(manifest, "corpus", &[GUEST], &[])?;
+    // A folder of its own: what is built now must not disturb a guest that another run has.
+    let name = if args.build_only {
+        "corpus-build"
+    } else {
+        "corpus"
+    };
+    let bench = Workbench::prepare(manifest, name, &[GUEST], &[])?;
     let built = build_all(&Tool::at(bench.vmpatch()), &kernel, &entries)?;
     let outcomes = if args.build_only {
         Vec::new()
@@ -101,7 +107,7 @@ fn try_all(
     let mut trials = Vec::new();
     for ((entry, built), modules) in entries.iter().zip(built).zip(modules) {
         if built.is_patch() {
-            trials.push(trial(entry, modules)?);
+            trials.push(trial(bench, entry, modules)?);
         }
     }
     let limit = BOOT + EACH * u32::try_from(trials.len())?;
@@ -122,10 +128,15 @@ fn try_all(
     plan::outcomes(bench.out())
 }
 
-fn trial(entry: &Entry, modules: &[Module]) -> Result<Trial> {
+fn trial(bench: &Workbench, entry: &Entry, modules: &[Module]) -> Result<Trial> {
+    let (built, patch) = (
+        build::patch(entry)?,
+        bench.out().join(format!("{}.vmpatch", entry.name)),
+    );
+    fs::copy(&built, &patch).with_context(|| format!("cannot copy {}", built.display()))?;
     Ok(Trial {
         name: entry.name.clone(),
-        patch: build::patch(entry)?,
+        patch,
         modules: modules.iter().map(|module| module.name.clone()).collect(),
         probe: entry.probe.clone(),
         only_check: entry.expected != Expected::Patchable,

@@ -42,8 +42,11 @@ pub(crate) struct Entry {
 pub(crate) enum Expected {
     /// It goes into a running kernel.
     Patchable,
-    /// It is refused, and the reason holds this.
+    /// It is refused, and must be; the reason holds this.
     Refused(String),
+    /// It could go in, and is refused all the same, with a reason that holds this: a known limit of vmpatch. It counts among the
+    /// patchable ones that do not go through.
+    Limit(String),
 }
 
 /// Shell commands for the guest. Where the entry has a `probe.c`, it lies compiled at `$PROBE`.
@@ -112,10 +115,15 @@ impl Entry {
                 "what is refused has no probe"
             );
         }
-        if let Expected::Refused(reason) = &entry.expected {
+        if let Expected::Refused(reason) | Expected::Limit(reason) = &entry.expected {
             ensure!(!reason.is_empty(), "an expected refusal names no reason");
         }
         Ok(entry)
+    }
+
+    /// Whether a human would say that it goes into a running kernel.
+    pub(crate) fn is_patchable(&self) -> bool {
+        !matches!(self.expected, Expected::Refused(_))
     }
 
     /// Its folder.

@@ -31,6 +31,8 @@ pub(crate) enum Verdict {
     Through { exercised: bool },
     /// Refused, as it must be.
     Refused,
+    /// Refused, as it need not be: a known limit.
+    Limit,
     /// Another way than expected.
     Wrong(String),
 }
@@ -64,7 +66,8 @@ pub(crate) fn row(entry: &Entry, built: &Built, outcome: Option<&Outcome>) -> Ro
         provenance: entry.provenance(),
         verdict: match &entry.expected {
             Expected::Patchable => patchable(entry, built, outcome),
-            Expected::Refused(reason) => refusal(reason, built, outcome),
+            Expected::Refused(reason) => refusal(reason, Verdict::Refused, built, outcome),
+            Expected::Limit(reason) => refusal(reason, Verdict::Limit, built, outcome),
         },
     }
 }
@@ -90,7 +93,7 @@ fn patchable(entry: &Entry, built: &Built, outcome: Option<&Outcome>) -> Verdict
 }
 
 /// A refusal counts where it is made when the patch is built or when it is checked against a guest.
-fn refusal(reason: &str, built: &Built, outcome: Option<&Outcome>) -> Verdict {
+fn refusal(reason: &str, expected: Verdict, built: &Built, outcome: Option<&Outcome>) -> Verdict {
     let told = match (
         built.is_patch(),
         outcome.and_then(|seen| seen.trouble.as_ref()),
@@ -101,7 +104,7 @@ fn refusal(reason: &str, built: &Built, outcome: Option<&Outcome>) -> Verdict {
         (false, _) => return Verdict::Wrong(format!("failed: {}", built.reason())),
     };
     if told.contains(reason) {
-        Verdict::Refused
+        expected
     } else {
         Verdict::Wrong(format!("refused, but not for {reason:?}: {told}"))
     }
@@ -129,6 +132,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
             Verdict::Through { exercised: true } => "through, exercised",
             Verdict::Through { exercised: false } => "through",
             Verdict::Refused => "refused",
+            Verdict::Limit => "refused: a limit",
             Verdict::Wrong(_) => "WRONG",
         };
         text.push_str(&format!(
@@ -151,7 +155,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
 pub(crate) fn line(entries: &[Entry], built: &[Built], outcomes: &[Outcome], rows: &[Row]) -> Line {
     let patchable: Vec<_> = entries
         .iter()
-        .filter(|entry| entry.expected == Expected::Patchable)
+        .filter(|entry| entry.is_patchable())
         .collect();
     let tried = |holds: fn(&Outcome) -> bool| {
         let of = |entry: &&&Entry| {
@@ -172,7 +176,7 @@ pub(crate) fn line(entries: &[Entry], built: &[Built], outcomes: &[Outcome], row
         total: entries.len(),
         patchable: patchable.len(),
         built: all
-            .filter(|(entry, built)| entry.expected == Expected::Patchable && built.is_patch())
+            .filter(|(entry, built)| entry.is_patchable() && built.is_patch())
             .count(),
         verified: tried(|seen| seen.verified),
         applied: tried(|seen| seen.applied),
@@ -265,5 +269,27 @@ mod tests {
         let rows = [row(&entries[0], &good[0], None)];
         let fail = line_of(&rows, &[]);
         assert!(!fail.passes() && fail.wrong == 1);
+    }
+
+    #[test]
+    fn a_known_limit_is_not_wrong_and_counts_as_not_through() {
+        let mut entries = vec![entry(Expected::Patchable); 20];
+        entries[0] = entry(Expected::Limit("jump".to_owned()));
+        let mut built = vec![built(0, ""); 20];
+        built[0] = self::built(3, "no jump there");
+        let verdicts = |entries: &[Entry], built: &[Built]| {
+            let seen = through();
+            let all = entries.iter().zip(built);
+            let rows: Vec<_> = all
+                .map(|(entry, built)| row(entry, built, Some(&seen)))
+                .collect();
+            line(entries, built, &[seen], &rows)
+        };
+        let line = verdicts(&entries, &built);
+        assert!(line.passes() && line.wrong == 0 && line.patchable == 20 && line.built == 19);
+        assert!(
+            !verdicts(&entries[..19], &built[..19]).passes(),
+            "18 of 19 are not enough"
+        );
     }
 }
