@@ -217,6 +217,9 @@ pub(crate) struct Build {
     /// How many files may be compiled because they include a header that the diff changes.
     #[arg(long, value_name = "N", default_value_t = 64, requires = "diff")]
     pub(crate) most_objects: usize,
+    /// Structure whose layout may change, because none of the guest's outlives a call of the functions replaced; may be repeated.
+    #[arg(long = "safe-type", value_name = "NAME")]
+    pub(crate) safe_types: Vec<String>,
     /// Tell all that was seen, also what is as before.
     #[arg(long)]
     pub(crate) explain: bool,

@@ -14,6 +14,7 @@ mod data;
 mod instructions;
 mod inventory;
 mod key;
+mod layout;
 mod old;
 mod pair;
 mod policy;
@@ -64,6 +65,9 @@ pub struct BuildOptions {
     pub name: String,
     /// What the guest must be.
     pub requires: Requirement,
+    /// Structures, as `struct NAME` or `NAME`, whose layout may differ: whoever asks knows that no object of them lives
+    /// longer than a call of the functions replaced.
+    pub safe_types: Vec<String>,
 }
 
 /// The versions of a file.
@@ -138,7 +142,10 @@ pub fn build(
     options: &BuildOptions,
 ) -> Result<(Patch, BuildReport), BuildError> {
     check::patch_name(&options.name)?;
-    let units = pairs.iter().map(Unit::of).collect::<Result<Vec<_>, _>>()?;
+    let units = pairs
+        .iter()
+        .map(|pair| Unit::of(pair, &options.safe_types))
+        .collect::<Result<Vec<_>, _>>()?;
     let (units, reports): (Vec<_>, Vec<_>) = units.into_iter().unzip();
     let collector = Collector::new(&units, reports);
     let (mut patch, report) = assemble(collector, options);

@@ -30,6 +30,8 @@ pub struct FileReport {
     pub refused: Vec<Refused>,
     /// Functions of the new object that are as before.
     pub unchanged: usize,
+    /// Structures whose layout was compared; `None`: the objects have no debug information to tell it.
+    pub layouts: Option<usize>,
 }
 
 /// A function that is replaced.

@@ -6,7 +6,7 @@ use super::key::Names;
 use super::pair::{self, Pairs};
 use super::report::{FileReport, Ignored, Refused};
 use super::side::Side;
-use super::{BuildError, ObjectPair, Version, data};
+use super::{BuildError, ObjectPair, Version, data, layout};
 use crate::object;
 use crate::patch;
 
@@ -30,12 +30,16 @@ impl Unit {
     ///
     /// # Errors
     /// An unreadable object.
-    pub(super) fn of(pair: &ObjectPair<'_>) -> Result<(Self, FileReport), BuildError> {
+    pub(super) fn of(
+        pair: &ObjectPair<'_>,
+        safe_types: &[String],
+    ) -> Result<(Self, FileReport), BuildError> {
         let (old, new) = (side(pair, Version::Old)?, side(pair, Version::New)?);
         let pairs = pair::pair(&old, &new);
         let names = pairs.names(&old);
         let verdicts = compare::verdicts(&old, &new, &pairs, &names);
         let mut report = FileReport::new(pair);
+        layout::compare(pair, safe_types, &mut report);
         data::compare(&old, &new, &pairs, &mut report);
         list_functions((&old, &new), &pairs, &verdicts, &mut report);
         let unit = Self {

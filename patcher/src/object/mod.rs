@@ -2,6 +2,7 @@
 //! x86-64 relocations, nothing of the kernel and nothing of patches. [`read`] makes it from bytes.
 
 mod read;
+pub mod types;
 
 pub use read::{MAX_OBJECT_BYTES, ObjectError, read};
 

@@ -89,9 +89,17 @@ pub(crate) fn pair<'a>(file: &'a str, old: &'a [u8], new: &'a [u8]) -> ObjectPai
 
 /// What a build makes of several files.
 pub(crate) fn build_pairs(pairs: &[ObjectPair<'_>]) -> Result<(Patch, BuildReport), BuildError> {
+    build_with(pairs, BuildOptions::default())
+}
+
+/// The same with other options than the name.
+pub(crate) fn build_with(
+    pairs: &[ObjectPair<'_>],
+    options: BuildOptions,
+) -> Result<(Patch, BuildReport), BuildError> {
     let options = BuildOptions {
         name: "test".to_owned(),
-        ..BuildOptions::default()
+        ..options
     };
     let (patch, report) = build(pairs, &options)?;
     let file = PatchFile::new(patch).unwrap();

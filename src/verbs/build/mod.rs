@@ -22,6 +22,7 @@ pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
     let options = BuildOptions {
         name,
         requires: requires(asked, objects.origin.as_ref()),
+        safe_types: asked.safe_types.clone(),
     };
     let (patch, report) =
         build(&objects.pairs(), &options).map_err(|error| refusal(error, asked.explain))?;

@@ -1,0 +1,232 @@
+//! Layouts of structures and unions, from the debug information of an object (DWARF 5, sections 2.5, 5.7). Owns reading them;
+//! what a difference means is for others. Knows types that are defined for a whole file; those within a function are its own.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+
+use gimli::{
+    AttributeValue, DebuggingInformationEntry, EndianSlice, LittleEndian, Reader as _,
+    RelocateReader, UnitOffset,
+};
+use object::{Object as _, ObjectSection as _, read::RelocationMap};
+
+/// How deep structures without a name lie within each other before the rest is left out.
+const MAX_DEPTH: usize = 16;
+
+/// Layouts by `struct NAME` or `union NAME`.
+pub type Layouts = BTreeMap<String, Layout>;
+
+/// How a structure lies in memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Members, those of structures without a name among them, in the order of the source.
+    pub members: Vec<Member>,
+}
+
+/// A member of a structure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its name.
+    pub name: String,
+    /// Where it begins, in bits from the start of the structure.
+    pub at_bit: u64,
+    /// Its width in bits, if it is a bit-field.
+    pub bits: Option<u64>,
+}
+
+/// The layouts that an object's debug information tells; `None` if it has none.
+///
+/// # Errors
+/// Debug information that cannot be read.
+pub fn layouts(object: &[u8]) -> Result<Option<Layouts>, gimli::Error> {
+    let Ok(file) = object::File::parse(object) else {
+        return Ok(None);
+    };
+    let Some(info) = file.section_by_name(".debug_info") else {
+        return Ok(None);
+    };
+    let fields = info.relocation_map().unwrap_or_default();
+    let sections = Sections {
+        info: data(&info),
+        abbreviations: named(&file, ".debug_abbrev"),
+        strings: named(&file, ".debug_str"),
+    };
+    sections.read(&fields).map(Some)
+}
+
+fn named<'a>(file: &object::File<'a>, name: &str) -> Cow<'a, [u8]> {
+    file.section_by_name(name)
+        .map_or(Cow::Borrowed(&[]), |section| data(&section))
+}
+
+/// Compressed sections, which kernels do not have by default, are as good as none.
+fn data<'a>(section: &impl object::ObjectSection<'a>) -> Cow<'a, [u8]> {
+    section.uncompressed_data().unwrap_or(Cow::Borrowed(&[]))
+}
+
+struct Sections<'a> {
+    info: Cow<'a, [u8]>,
+    abbreviations: Cow<'a, [u8]>,
+    strings: Cow<'a, [u8]>,
+}
+
+/// The fields of debug information that the linker would fill in.
+#[derive(Clone, Copy, Debug)]
+struct Fields<'a>(&'a RelocationMap);
+
+impl gimli::Relocate for Fields<'_> {
+    fn relocate_address(&self, offset: usize, value: u64) -> gimli::Result<u64> {
+        Ok(self.0.relocate(offset as u64, value))
+    }
+
+    fn relocate_offset(&self, offset: usize, value: usize) -> gimli::Result<usize> {
+        let value = self.0.relocate(offset as u64, value as u64);
+        usize::try_from(value).map_err(|_| gimli::Error::OffsetOutOfBounds(value))
+    }
+}
+
+type Reader<'a> = RelocateReader<EndianSlice<'a, LittleEndian>, Fields<'a>>;
+type Entry<'a> = DebuggingInformationEntry<Reader<'a>>;
+
+impl Sections<'_> {
+    fn read(&self, fields: &RelocationMap) -> gimli::Result<Layouts> {
+        let none = RelocationMap::default();
+        let reader = |bytes, fields| {
+            RelocateReader::new(EndianSlice::new(bytes, LittleEndian), Fields(fields))
+        };
+        let info = gimli::DebugInfo::from(reader(&self.info, fields));
+        let abbreviations = gimli::DebugAbbrev::from(reader(&self.abbreviations, &none));
+        let strings = gimli::DebugStr::from(reader(&self.strings, &none));
+        let mut found = Layouts::new();
+        let mut units = info.units();
+        while let Some(header) = units.next()? {
+            let shapes = header.abbreviations(&abbreviations)?;
+            let mut entries = header.entries(&shapes);
+            let mut unit = Unit::default();
+            while let Some(entry) = entries.next_dfs()? {
+                unit.add(entry, &strings);
+            }
+            unit.layouts(&mut found);
+        }
+        Ok(found)
+    }
+}
+
+/// A structure as one unit has it.
+#[derive(Debug, Default)]
+struct Structure {
+    /// `None`: it has none, or is not of the whole file.
+    name: Option<String>,
+    bytes: u64,
+    members: Vec<RawMember>,
+}
+
+#[derive(Debug)]
+struct RawMember {
+    name: Option<String>,
+    at_bit: u64,
+    bits: Option<u64>,
+    of: Option<UnitOffset>,
+}
+
+#[derive(Debug, Default)]
+struct Unit {
+    structures: HashMap<UnitOffset, Structure>,
+    /// The structures around the place that is read, and how deep each lies.
+    open: Vec<(UnitOffset, isize)>,
+}
+
+impl Unit {
+    fn add<'a>(&mut self, entry: &Entry<'a>, strings: &gimli::DebugStr<Reader<'a>>) {
+        while self
+            .open
+            .pop_if(|(_, depth)| *depth >= entry.depth())
+            .is_some()
+        {}
+        let kind = match entry.tag() {
+            gimli::DW_TAG_structure_type => "struct",
+            gimli::DW_TAG_union_type => "union",
+            gimli::DW_TAG_member => return self.add_member(entry, strings),
+            _ => return,
+        };
+        let Some(bytes) = number(entry, gimli::DW_AT_byte_size) else {
+            // A mere declaration.
+            return;
+        };
+        let name = text(entry, strings).filter(|_| entry.depth() == 1);
+        let structure = Structure {
+            name: name.map(|name| format!("{kind} {name}")),
+            bytes,
+            members: Vec::new(),
+        };
+        self.structures.insert(entry.offset(), structure);
+        self.open.push((entry.offset(), entry.depth()));
+    }
+
+    fn add_member<'a>(&mut self, entry: &Entry<'a>, strings: &gimli::DebugStr<Reader<'a>>) {
+        let Some(&(home, depth)) = self.open.last() else {
+            return;
+        };
+        let Some(structure) = self.structures.get_mut(&home) else {
+            return;
+        };
+        if entry.depth() != depth + 1 {
+            return;
+        }
+        let at_byte = number(entry, gimli::DW_AT_data_member_location).unwrap_or_default();
+        let at_bit = number(entry, gimli::DW_AT_data_bit_offset);
+        let of = match entry.attr_value(gimli::DW_AT_type) {
+            Some(AttributeValue::UnitRef(offset)) => Some(offset),
+            _ => None,
+        };
+        structure.members.push(RawMember {
+            name: text(entry, strings),
+            at_bit: at_bit.unwrap_or_else(|| at_byte.wrapping_mul(8)),
+            bits: number(entry, gimli::DW_AT_bit_size),
+            of,
+        });
+    }
+
+    fn layouts(&self, into: &mut Layouts) {
+        for structure in self.structures.values() {
+            let Some(name) = &structure.name else {
+                continue;
+            };
+            let mut layout = Layout {
+                bytes: structure.bytes,
+                members: Vec::new(),
+            };
+            self.flatten(structure, 0, 0, &mut layout.members);
+            into.insert(name.clone(), layout);
+        }
+    }
+
+    fn flatten(&self, structure: &Structure, at_bit: u64, depth: usize, into: &mut Vec<Member>) {
+        for member in &structure.members {
+            let at_bit = at_bit.wrapping_add(member.at_bit);
+            let within = || self.structures.get(&member.of?);
+            match (&member.name, within()) {
+                (Some(name), _) => into.push(Member {
+                    name: name.clone(),
+                    at_bit,
+                    bits: member.bits,
+                }),
+                (None, Some(within)) if depth < MAX_DEPTH => {
+                    self.flatten(within, at_bit, depth + 1, into);
+                }
+                (None, _) => {}
+            }
+        }
+    }
+}
+
+fn number(entry: &Entry<'_>, name: gimli::DwAt) -> Option<u64> {
+    entry.attr(name)?.udata_value()
+}
+
+fn text<'a>(entry: &Entry<'a>, strings: &gimli::DebugStr<Reader<'a>>) -> Option<String> {
+    let text = entry.attr(gimli::DW_AT_name)?.string_value(strings)?;
+    Some(text.to_string_lossy().ok()?.into_owned())
+}
