@@ -209,7 +209,7 @@ pub(crate) struct Build {
     #[arg(long, value_name = "VERSION", requires = "diff", conflicts_with_all = ["source", "config", "old"])]
     pub(crate) debian: Option<String>,
     /// Flavour of Debian's kernel, such as `cloud-amd64`. Default: that of the release, else `amd64`.
-    #[arg(long, requires = "debian")]
+    #[arg(long, requires = "debian", conflicts_with_all = ["source", "old"])]
     pub(crate) flavour: Option<String>,
     /// Diff of the fix, unified, with one folder before each path (`a/`, `b/`).
     #[arg(long, value_name = "FILE", conflicts_with = "old")]
@@ -258,6 +258,9 @@ pub(crate) struct Rollback {
     pub(crate) vm: OneVm,
     /// Name of the patch, as `vmpatch status` shows it.
     pub(crate) patch: String,
+    /// Roll back the patches that lie upon it too, the uppermost first, each in a stop of its own.
+    #[arg(long)]
+    pub(crate) cascade: bool,
     /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub(crate) timeout: Duration,

@@ -93,6 +93,13 @@ pub(crate) fn check(
     })
 }
 
+/// What has to be rolled back for a patch, the patch itself the last.
+pub(crate) fn cascade(id: &str, patch: &str, watch: &dyn Observer) -> Result<Vec<String>, Failure> {
+    let live = attach(id, watch)?;
+    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot(), &live.places()?)?;
+    Ok(rollback::cascade(&ledger, patch))
+}
+
 /// Takes a patch out of the running kernel.
 pub(crate) fn roll_back(
     id: &str,

@@ -179,9 +179,12 @@ fn a_patch_beneath_another_is_applied_and_cannot_be_rolled_back_first() {
     let refused = rollback::change(&bench.ledger(), "a").unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "patch a lies beneath b: roll that back first"
+        "patch a lies beneath b: roll that back first, or all of them with --cascade"
     );
     assert_eq!(bench.report().patches[0].above, ["b"]);
+    assert_eq!(rollback::cascade(&bench.ledger(), "a"), ["b", "a"]);
+    assert_eq!(rollback::cascade(&bench.ledger(), "b"), ["b"]);
+    assert_eq!(rollback::cascade(&bench.ledger(), "c"), ["c"]);
     bench.rollback("b").unwrap();
     bench.rollback("a").unwrap();
     assert!(bench.text() == text);

@@ -43,6 +43,11 @@ impl Output {
         }
     }
 
+    /// Tells on standard error what has been done on the way to an answer, also where the answer is a failure then.
+    pub(crate) fn note(&self, what: &str) {
+        eprintln!("vmpatch: {}", printable(what));
+    }
+
     /// A line of progress that goes away, on a terminal only.
     pub(crate) fn progress(&self, what: &str) -> ProgressBar {
         if self.json || !std::io::stderr().is_terminal() {

@@ -23,6 +23,9 @@ struct Answer {
     patch: String,
     digest: String,
     functions: Vec<Function>,
+    /// Patches that were rolled back before it, because they lay upon it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cascaded: Vec<String>,
     attempts: u32,
     stop_window_us: f64,
     stop_us: StopTimes,
@@ -98,32 +101,70 @@ pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
 pub(crate) fn apply(asked: &Change, output: &Output) -> Result<(), Failure> {
     let watch = Watch::new(output.progress("applying"))?;
     let changed = flow::apply(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
-    report("applied", &asked.vm.vm, &changed, &watch, output);
+    report(
+        "applied",
+        &asked.vm.vm,
+        (&changed, Vec::new()),
+        &watch,
+        output,
+    );
     Ok(())
+}
+
+/// What is to be rolled back before the patch, the uppermost first.
+fn above(asked: &Rollback, output: &Output) -> Result<Vec<String>, Failure> {
+    if !asked.cascade {
+        return Ok(Vec::new());
+    }
+    let watch = Watch::new(output.progress("looking"))?;
+    let mut all = flow::cascade(&asked.vm.vm, &asked.patch, &watch)?;
+    watch.finish();
+    all.pop();
+    Ok(all)
 }
 
 /// Takes the patch out.
 pub(crate) fn roll_back(asked: &Rollback, output: &Output) -> Result<(), Failure> {
+    let vm = &asked.vm.vm;
+    let cascaded = above(asked, output)?;
+    for upper in &cascaded {
+        let watch = Watch::new(output.progress(&format!("rolling back {upper}")))?;
+        flow::roll_back(vm, upper, asked.timeout, &watch)?;
+        watch.finish();
+        output.note(&format!(
+            "patch {upper} rolled back, which lay upon {}",
+            asked.patch
+        ));
+    }
     let watch = Watch::new(output.progress("rolling back"))?;
-    let changed = flow::roll_back(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
-    report("rolled-back", &asked.vm.vm, &changed, &watch, output);
+    let changed = flow::roll_back(vm, &asked.patch, asked.timeout, &watch)?;
+    report("rolled-back", vm, (&changed, cascaded), &watch, output);
     Ok(())
 }
 
-fn report(result: &'static str, vm: &str, changed: &flow::Changed, watch: &Watch, output: &Output) {
+fn report(
+    result: &'static str,
+    vm: &str,
+    (changed, cascaded): (&flow::Changed, Vec<String>),
+    watch: &Watch,
+    output: &Output,
+) {
     let (attempts, applied) = (changed.attempted.attempts, changed.attempted.applied);
     let stop = Stop {
         attempts,
         examined: applied.examined,
         report: applied.report,
     };
-    let answer = answer(
-        result,
-        vm,
-        (&changed.record, &changed.functions),
-        stop,
-        watch,
-    );
+    let answer = Answer {
+        cascaded,
+        ..answer(
+            result,
+            vm,
+            (&changed.record, &changed.functions),
+            stop,
+            watch,
+        )
+    };
     watch.finish();
     output.answer(&answer, |answer| {
         format!(
@@ -156,6 +197,7 @@ fn answer(
         patch: record.name.clone(),
         digest: record.digest.clone(),
         functions: functions(record, verified),
+        cascaded: Vec::new(),
         attempts: stop.attempts,
         stop_window_us: microseconds(stop.report.window),
         stop_us: stop.report.into(),

@@ -33,7 +33,7 @@ pub enum RollbackError {
         functions: Vec<String>,
     },
     /// Other patches lie upon it.
-    #[error("patch {name} lies beneath {}: roll that back first", above.join(", "))]
+    #[error("patch {name} lies beneath {}: roll that back first, or all of them with --cascade", above.join(", "))]
     Beneath {
         /// Its name.
         name: String,
@@ -60,6 +60,23 @@ fn name_hint(name: &str) -> &'static str {
     } else {
         ""
     }
+}
+
+/// Everything that lies upon a patch, directly or by way of others, and the patch itself: in the order in which they can be
+/// rolled back.
+#[must_use]
+pub fn cascade(ledger: &Ledger, name: &str) -> Vec<String> {
+    let known = ledger.known();
+    let mut wanted = vec![name];
+    let mut next = 0;
+    while let Some(patch) = wanted.get(next).and_then(|name| known.named(name)) {
+        let above = known.above(patch).into_iter();
+        let new: Vec<_> = above.filter(|name| !wanted.contains(name)).collect();
+        wanted.extend(new);
+        next += 1;
+    }
+    wanted.sort_by_key(|name| known.named(name).and_then(|patch| patch.depth));
+    wanted.into_iter().map(str::to_owned).collect()
 }
 
 /// The change that takes `name` back, by manifest and journal; no patch file is needed.
