@@ -57,7 +57,7 @@ pub(crate) enum Verb {
     /// Look into a guest kernel from outside, without its help.
     Inspect(Inspect),
     /// Make a patch file from the diff of a fix, or from two objects: before it and after it.
-    Build(Build),
+    Build(Box<Build>),
     /// Go through every gate of an apply, and write nothing.
     Check(Change),
     /// Put a patch into the running kernel.
@@ -211,6 +211,12 @@ pub(crate) struct Build {
     /// Flavour of Debian's kernel, such as `cloud-amd64`. Default: that of the release, else `amd64`.
     #[arg(long, requires = "debian", conflicts_with_all = ["source", "old"])]
     pub(crate) flavour: Option<String>,
+    /// Kernel that the guest runs, as an ELF: what is compiled must be that, and so must be the guest.
+    #[arg(long, value_name = "FILE", conflicts_with = "vm")]
+    pub(crate) vmlinux: Option<PathBuf>,
+    /// VM whose kernel is to be patched: what is compiled must be that kernel.
+    #[arg(long = "vm", value_name = "ID")]
+    pub(crate) vm: Option<String>,
     /// Diff of the fix, unified, with one folder before each path (`a/`, `b/`).
     #[arg(long, value_name = "FILE", conflicts_with = "old")]
     pub(crate) diff: Option<PathBuf>,

@@ -223,3 +223,60 @@ fn a_changed_header_is_followed_into_what_it_is_compiled_into() {
     assert_eq!(files[1], (&"fs/fat/namei_vfat.c".into(), &"vfat".into()));
     assert_eq!(files.len(), 2, "{files:?}");
 }
+
+/// An ELF that shows a kernel's banner where a vmlinux does.
+fn vmlinux(folder: &Path, banner: &str) -> PathBuf {
+    let (source, made) = (folder.join("banner.c"), folder.join("vmlinux"));
+    fs::write(
+        &source,
+        format!("const char linux_banner[] = \"{banner}\\n\";\n"),
+    )
+    .unwrap();
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-fno-zero-initialized-in-bss", "-c", "-o"]);
+    assert!(gcc.arg(&made).arg(&source).status().unwrap().success());
+    made
+}
+
+#[test]
+fn a_kernel_that_is_not_the_compiled_one_is_refused_by_what_differs() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let config = fs::read_to_string(&kernel.config).unwrap();
+    let compiler = config
+        .lines()
+        .find_map(|line| line.strip_prefix("CONFIG_CC_VERSION_TEXT="));
+    let compiler = compiler.unwrap().trim_matches('"');
+    let head = config
+        .lines()
+        .find_map(|line| line.strip_prefix("# Linux/x86 "))
+        .unwrap();
+    let version = head.strip_suffix(" Kernel Configuration").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let build = |release: &str, compiler: &str| {
+        let banner = format!("Linux version {release} (a@b) ({compiler}, GNU ld 2.40) #1 SMP");
+        let shown = vmlinux(folder.path(), &banner);
+        let diff = patch("proc-version");
+        let words: [&OsStr; 8] = [
+            "--vmlinux".as_ref(),
+            shown.as_ref(),
+            "--source".as_ref(),
+            kernel.source.as_ref(),
+            "--config".as_ref(),
+            kernel.config.as_ref(),
+            "--diff".as_ref(),
+            diff.as_ref(),
+        ];
+        kernel.build(&words)
+    };
+    let another = build("9.9.9-other", "gcc 1.0");
+    assert_eq!(another.code, Some(3), "{}", another.json);
+    let reason = another.json["reason"].as_str().unwrap();
+    for word in ["9.9.9-other", version, "gcc 1.0", compiler] {
+        assert!(reason.contains(word), "{word}: {reason}");
+    }
+    assert!(!kernel.made().exists());
+    let same = build(&format!("{version}-cloud"), compiler);
+    assert_eq!(same.code, Some(0), "{}", same.json);
+}

@@ -48,7 +48,7 @@ impl Compiler {
 
 /// The first line of the compiler's `--version`, as the kernel's build wrote it down (Linux v6.12 init/Kconfig,
 /// CC_VERSION_TEXT).
-fn named(config: &str) -> Option<&str> {
+pub(crate) fn named(config: &str) -> Option<&str> {
     let line = |line: &'static str| move |text: &&str| text.starts_with(line);
     let text = config.lines().find(line("CONFIG_CC_VERSION_TEXT="))?;
     let quoted = text.split_once('=')?.1.trim();

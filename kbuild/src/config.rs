@@ -25,10 +25,24 @@ pub struct Changed {
     made: Option<String>,
 }
 
+impl Changed {
+    /// The option in two configurations.
+    pub(crate) fn beside(&self, given: &str, made: &str) -> String {
+        let [in_given, in_made] = self.told();
+        format!(
+            "{} is {in_made} in the {made} one, {in_given} in the {given} one",
+            self.option
+        )
+    }
+
+    fn told(&self) -> [&str; 2] {
+        [&self.given, &self.made].map(|value| value.as_deref().unwrap_or("absent"))
+    }
+}
+
 impl fmt::Display for Changed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let told = |value: &Option<String>| value.clone().unwrap_or_else(|| "absent".to_owned());
-        let (given, made) = (told(&self.given), told(&self.made));
+        let [given, made] = self.told();
         write!(f, "{} is {given} and becomes {made}", self.option)
     }
 }

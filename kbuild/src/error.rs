@@ -57,6 +57,9 @@ pub enum BuildError {
         changes(.0)
     )]
     ConfigChanges(Vec<Changed>),
+    /// What is compiled is not what runs.
+    #[error("the kernel to be patched is another than the one that is compiled: {}", .0.join("; "))]
+    OtherKernel(Vec<String>),
     /// The changed source does not compile.
     #[error("with the change the source does not compile:\n{0}")]
     DoesNotCompile(String),

@@ -4,7 +4,9 @@ mod answer;
 mod given;
 mod kernel;
 mod objects;
+mod target;
 
+use vmpatch_kbuild::Running;
 use vmpatch_patcher::build::{BuildError, BuildOptions, build};
 use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::patch::{Requirement, check};
@@ -18,10 +20,11 @@ use objects::{Objects, Origin};
 /// Compares the objects and writes the patch.
 pub(crate) fn run(asked: &Build, output: &Output) -> Result<(), Failure> {
     let name = name(asked)?;
-    let objects = Objects::of(asked, output)?;
+    let target = target::target(asked)?;
+    let objects = Objects::of(asked, target.as_ref(), output)?;
     let options = BuildOptions {
         name,
-        requires: requires(asked, objects.origin.as_ref()),
+        requires: requires(asked, target.as_ref(), objects.origin.as_ref())?,
         safe_types: asked.safe_types.clone(),
     };
     let (patch, report) =
@@ -57,13 +60,37 @@ fn refusal(error: BuildError, explain: bool) -> Failure {
     }
 }
 
-/// What the call says the guest must be, or else the kernel that was compiled.
-fn requires(asked: &Build, origin: Option<&Origin>) -> Requirement {
-    let compiled = || origin?.release.clone();
-    Requirement {
-        release: asked.release.clone().or_else(compiled),
+/// What the guest must be: what the call says, or else the kernel that was looked at, or else the one that was compiled.
+fn requires(
+    asked: &Build,
+    target: Option<&Running>,
+    origin: Option<&Origin>,
+) -> Result<Requirement, Failure> {
+    let given = Requirement {
+        release: asked.release.clone(),
         build_id: asked.build_id.as_ref().map(|id| id.to_ascii_lowercase()),
+    };
+    let seen = Requirement {
+        release: target.map(|it| it.release().to_owned()),
+        build_id: target.and_then(|it| Some(it.build_id()?.to_owned())),
+    };
+    for (what, given, seen) in [
+        ("release", &given.release, &seen.release),
+        ("build id", &given.build_id, &seen.build_id),
+    ] {
+        if let (Some(given), Some(seen)) = (given, seen)
+            && given != seen
+        {
+            return Err(Failure::refused(format!(
+                "the kernel to be patched has the {what} {seen}, and {given} is asked for"
+            )));
+        }
     }
+    let compiled = || origin?.release.clone();
+    Ok(Requirement {
+        release: given.release.or(seen.release).or_else(compiled),
+        build_id: given.build_id.or(seen.build_id),
+    })
 }
 
 fn name(asked: &Build) -> Result<String, Failure> {
@@ -101,6 +128,30 @@ mod tests {
     }
 
     #[test]
+    fn the_guest_must_be_what_is_said_and_what_was_looked_at() {
+        let banner = "Linux version 6.12.1 (a) (gcc 12, ld) #1";
+        let target = Running::of_banner(banner, Some("ab".to_owned())).unwrap();
+        let required = |words: &[&str]| {
+            let all = ["vmpatch", "build", "--old", "a", "--new", "b", "-o", "x"];
+            let cli = Cli::try_parse_from(all.iter().chain(words)).unwrap();
+            let Verb::Build(asked) = &cli.verb else {
+                panic!("not build")
+            };
+            requires(asked, Some(&target), None)
+        };
+        let seen = Requirement {
+            release: Some("6.12.1".to_owned()),
+            build_id: Some("ab".to_owned()),
+        };
+        assert_eq!(required(&[]).unwrap(), seen);
+        assert_eq!(required(&["--build-id", "AB"]).unwrap(), seen);
+        for other in [["--release", "6.12.2"], ["--build-id", "ac"]] {
+            let refused = required(&other).unwrap_err().reason();
+            assert!(refused.contains(other[1]), "{refused}");
+        }
+    }
+
+    #[test]
     fn the_name_is_the_files_unless_given() {
         assert_eq!(named(&["-o", "dir/fix-1.vmpatch"]).unwrap(), "fix-1");
         let given = named(&["-o", "x.vmpatch", "--name", "fix"]);
@@ -118,6 +169,8 @@ mod tests {
             "--old a --new b --old c --new d --object ext4 --object vmlinux",
             "--source s --config c --diff d --explain",
             "--debian 6.12.107-1 --diff d",
+            "--debian 6.12.107-1 --diff d --vm web1",
+            "--old a --new b --vmlinux v",
             "--debian 6.12.107-1 --flavour cloud-amd64 --diff d",
         ] {
             assert!(parse(good).is_ok(), "{good}");
@@ -137,6 +190,7 @@ mod tests {
             "--debian 6.12.107-1 --source s --config c --diff d",
             "--flavour cloud-amd64 --source s --config c --diff d",
             "--diff d",
+            "--old a --new b --vmlinux v --vm web1",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

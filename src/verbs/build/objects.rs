@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::anyhow;
 use serde::Serialize;
 use vmpatch_kbuild::fix::{LeftOut, Why};
-use vmpatch_kbuild::{Diff, Pair, Tree};
+use vmpatch_kbuild::{Diff, Pair, Running, Tree};
 use vmpatch_patcher::build::ObjectPair;
 use vmpatch_patcher::patch::VMLINUX;
 
@@ -55,7 +55,12 @@ pub(super) struct Ignored {
 }
 
 impl Objects {
-    pub(super) fn of(asked: &Build, output: &Output) -> Result<Self, Failure> {
+    /// `target` is the kernel to be patched, where it is known: what is compiled must be that.
+    pub(super) fn of(
+        asked: &Build,
+        target: Option<&Running>,
+        output: &Output,
+    ) -> Result<Self, Failure> {
         if !asked.old.is_empty() {
             let files = given(&asked.old, &asked.new, &asked.object)?;
             return Ok(Self {
@@ -72,6 +77,9 @@ impl Objects {
         let progress = output.progress("reading the source");
         let step = |what: &str| progress.set_message(what.to_owned());
         let kernel = Kernel::of(asked, &step)?;
+        if let Some(target) = target {
+            target.is_made_of(&kernel.source, &kernel.config, kernel.release.as_deref())?;
+        }
         let made = compiled(&kernel, &diff, asked.most_objects, &step);
         progress.finish_and_clear();
         made
