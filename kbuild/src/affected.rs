@@ -54,9 +54,12 @@ pub(crate) fn by(
     let built = tree.configured(diff.compiled())?;
     let mut included: Vec<PathBuf> = diff.headers().to_vec();
     for file in diff.compiled() {
-        match built.builds(file) {
-            true => drop(affected.changed.insert(file.clone())),
-            false => included.push(file.clone()),
+        let is_built = built.builds(file);
+        if is_built {
+            affected.changed.insert(file.clone());
+        }
+        if !is_built || tree.may_be_included(file)? {
+            included.push(file.clone());
         }
     }
     if !included.is_empty() {
@@ -91,6 +94,9 @@ fn add_includers(
     let sources: Vec<_> = sources.collect();
     for source in apart {
         affected.leave_out(source, Why::Apart);
+    }
+    if sources.is_empty() && affected.changed.contains(&file) {
+        return Ok(());
     }
     if sources.is_empty() {
         let why = match Part::of(&file) {

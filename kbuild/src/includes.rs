@@ -95,6 +95,14 @@ impl Includes {
         sources.map(Path::to_owned).collect()
     }
 
+    /// The last parts of the names of all that is included though it looks like a file that is compiled.
+    pub(crate) fn included_sources(&self) -> BTreeSet<&str> {
+        let names = self.lines.keys().map(String::as_str);
+        names
+            .filter(|name| name.ends_with(".c") || name.ends_with(".S"))
+            .collect()
+    }
+
     fn all_sources(&self) -> BTreeSet<PathBuf> {
         let sources = self.files.iter().filter(|file| is_source(file));
         sources.cloned().collect()
@@ -268,6 +276,16 @@ mod tests {
         );
         assert_eq!(sources(&includes, "include/asm-generic/bug.h"), [""; 0]);
         assert_eq!(sources(&includes, "arch/x86/include/asm/bug.h"), ["mm/b.c"]);
+    }
+
+    #[test]
+    fn sources_that_others_include_are_known() {
+        let includes = scanned(&[
+            ("fs/elf.c", "#include <linux/a.h>\n"),
+            ("fs/compat_elf.c", "#include \"elf.c\"\n"),
+        ]);
+        assert_eq!(Vec::from_iter(includes.included_sources()), ["elf.c"]);
+        assert_eq!(sources(&includes, "fs/elf.c"), ["fs/compat_elf.c"]);
     }
 
     #[test]

@@ -12,6 +12,8 @@ use crate::compiler::Compiler;
 use crate::config;
 use crate::configured::{self, Configured};
 use crate::error::{At, BuildError};
+use crate::includes::Includes;
+use crate::publish;
 use crate::shadow::Shadow;
 
 /// What is added to the kernel's own flags: each function and each datum in a section of its own, so that a change is
@@ -28,6 +30,8 @@ pub struct Tree {
     pub(crate) shadow: Shadow,
     pub(crate) out: PathBuf,
     compiler: Compiler,
+    /// Names of sources that others include, a line each: found when the tree was made, for reading a whole source takes long.
+    included: PathBuf,
     /// Held as long as the tree is: two commands in one tree would compile each other's source.
     _lock: fs::File,
 }
@@ -71,6 +75,7 @@ impl Tree {
             shadow: Shadow::before(&source, &root.join("source"))?,
             source,
             out: root.join("out"),
+            included: root.join("included"),
             compiler,
             _lock: lock,
         };
@@ -81,6 +86,12 @@ impl Tree {
             fs::write(&ready, "").at(&ready)?;
         }
         tree.agrees(config)?;
+        if !tree.included.exists() {
+            step("looking which files include others");
+            let includes = Includes::scan(&tree.source)?;
+            let names = Vec::from_iter(includes.included_sources()).join("\n");
+            publish::file(&tree.included, names.as_bytes())?;
+        }
         Ok(tree)
     }
 
@@ -139,6 +150,13 @@ impl Tree {
             object: fs::read(&made).at(&made)?,
             module: module(&by),
         })
+    }
+
+    /// Whether a file that is compiled may be included by another one too, as fs/binfmt_elf.c is.
+    pub(crate) fn may_be_included(&self, file: &Path) -> Result<bool, BuildError> {
+        let names = fs::read_to_string(&self.included).at(&self.included)?;
+        let name = file.file_name().unwrap_or_default();
+        Ok(names.lines().any(|line| name == line))
     }
 
     /// Which of these files the configuration builds.

@@ -91,3 +91,28 @@ fn wide_branches_change_nothing_else() {
     let again = tree.compile(&["net/core/dev.c".into()]).unwrap();
     assert!(again[0].object == pairs[0].old);
 }
+
+/// The kernel for programs of 32 bits includes the whole file.
+#[test]
+fn a_source_that_another_includes_changes_both() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let text = fs::read_to_string(kernel.source.join("fs/binfmt_elf.c")).unwrap();
+    let line = "\tif (memcmp(elf_ex->e_ident, ELFMAG, SELFMAG) != 0)\n";
+    let (before, _) = text.split_once(line).unwrap();
+    let number = before.lines().count() + 1;
+    let hunk = format!(
+        "@@ -{number} +{number} @@\n-{line}+{}",
+        line.replace("!= 0", "> 0")
+    );
+    let diff = format!("--- a/fs/binfmt_elf.c\n+++ b/fs/binfmt_elf.c\n{hunk}");
+    let diff = Diff::parse(diff.as_bytes()).unwrap();
+    let built = kernel.tree().compile_both(&diff, 1, &|_| {}).unwrap();
+    let files: Vec<_> = built
+        .pairs
+        .iter()
+        .map(|pair| pair.file.to_str().unwrap())
+        .collect();
+    assert_eq!(files, ["fs/binfmt_elf.c", "fs/compat_binfmt_elf.c"]);
+}
