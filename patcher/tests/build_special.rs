@@ -5,7 +5,7 @@
 mod objects;
 
 use objects::{named, new_body, nothing, only, patch, refusal, refused, replaced, symbol};
-use vmpatch_patcher::patch::{Code, Site, SiteKind};
+use vmpatch_patcher::patch::{Code, Site, SiteKind, TrapKind};
 
 /// `WARN_ON_ONCE` as x86 makes it, at a line (Linux v6.12 arch/x86/include/asm/bug.h).
 fn warn(line: u32) -> String {
@@ -46,22 +46,24 @@ fn alternative_of(code: &Code) -> &Site {
 }
 
 #[test]
-fn a_warning_in_new_code_is_refused_with_its_line() {
+fn a_warning_in_new_code_comes_along_with_its_file_and_line() {
     let old = "int show(int n) { return n; }";
     let new = format!(
         "int show(int n) {{ if (n == 9) {}; return n * 3; }}",
         warn(42)
     );
-    let report = refused(old, &new);
-    let [only] = &report.refused[..] else {
-        panic!("{report}")
+    let (patch, _) = patch(old, &new);
+    let body = new_body(&patch);
+    let [trap] = &body.traps[..] else {
+        panic!("{:?}", body.traps)
     };
-    assert_eq!(
-        (only.section.as_str(), only.name.as_str()),
-        ("__bug_table", "show")
-    );
-    assert!(only.offset.is_some());
-    assert!(only.reason.contains("drivers/test.c:42"), "{}", only.reason);
+    let bug = TrapKind::Bug {
+        file: "drivers/test.c".to_owned(),
+        line: 42,
+        flags: 2307,
+    };
+    assert_eq!(trap.kind, bug);
+    assert_eq!(body.bytes[trap.offset as usize..][..2], [0x0f, 0x0b]);
 }
 
 #[test]
@@ -100,21 +102,29 @@ fn a_line_that_a_warning_prints_may_move_but_no_other_number() {
     let report = nothing(&at(42, 7), &at(43, 7));
     assert_eq!(report.ignored.len(), 1, "{report}");
     // The number is not a line in both objects, so it counts.
-    let report = refused(&at(42, 42), &at(43, 42));
-    assert_eq!(report.replaced.len(), 1, "{report}");
-    let report = refused(&at(42, 7), &at(43, 8));
-    assert_eq!(report.replaced.len(), 1, "{report}");
+    for (old, new) in [(at(42, 42), at(43, 42)), (at(42, 7), at(43, 8))] {
+        let (patch, _) = patch(&old, &new);
+        assert_eq!(replaced(&patch), ["show"]);
+    }
 }
 
 #[test]
-fn an_access_that_may_fault_is_refused_in_new_code() {
+fn an_access_that_may_fault_comes_along_with_where_it_goes_on() {
     let old = "int show(int *p) { int v = 0; return v + 1; }";
     let new = "int show(int *p) { int v = 0; asm volatile(\"1: movl (%1), %0\\n2:\\n\
-        .pushsection __ex_table,\\\"a\\\"\\n.balign 4\\n.long 1b - .\\n.long 2b - .\\n.long 1\\n\
+        .pushsection __ex_table,\\\"a\\\"\\n.balign 4\\n.long 1b - .\\n.long 2b - .\\n.long 3\\n\
         .popsection\" : \"=r\"(v) : \"r\"(p)); return v + 1; }";
-    let (section, name, reason) = refusal(old, new);
-    assert_eq!((section.as_str(), name.as_str()), ("__ex_table", "show"));
-    assert!(reason.contains("fault"), "{reason}");
+    let (patch, _) = patch(old, new);
+    let body = new_body(&patch);
+    let [trap] = &body.traps[..] else {
+        panic!("{:?}", body.traps)
+    };
+    let TrapKind::Fault { fixup, data: 3 } = trap.kind else {
+        panic!("{trap:?}")
+    };
+    assert_eq!(symbol(&patch, fixup.symbol), "own show");
+    // The access is two bytes, and goes on behind itself.
+    assert_eq!(fixup.addend, trap.offset.cast_signed() + 2);
 }
 
 #[test]

@@ -9,9 +9,11 @@ use guests::{Guest, samples};
 use iced_x86::{Decoder, DecoderOptions};
 use vmpatch_introspect::target::Edit;
 use vmpatch_introspect::{Gpa, Gva, PhysicalMemory};
+use vmpatch_patcher::arena::fixed::Table;
 use vmpatch_patcher::arena::window::WINDOW_START;
 use vmpatch_patcher::arena::{Arena, ArenaError, PatchState};
-use vmpatch_patcher::link::layers::LayerError;
+use vmpatch_patcher::link::hooks;
+use vmpatch_patcher::link::layers::{LayerError, Layers};
 use vmpatch_patcher::link::region::RegionError;
 use vmpatch_patcher::link::tracing::{self, TracingError};
 use vmpatch_patcher::link::{self, LinkError, Live, Plan};
@@ -151,7 +153,7 @@ fn a_patch_of_the_same_function_lies_upon_the_first_and_waits_for_its_code() {
         }
         guest.carry_out(&[], &second.record.rollback_edits(&[]));
         guest.carry_out(&[], &first.record.rollback_edits(&[]));
-        for edit in &first.switch {
+        for edit in &first.record.apply_edits() {
             let mut now = vec![0; edit.old.len()];
             guest.read(edit.at, &mut now).unwrap();
             assert_eq!(now, guest.original(edit));
@@ -315,6 +317,61 @@ fn every_kernel_tells_what_its_boot_decided_and_leaves_the_window_free() {
         eprintln!("{name}, {}: {facts:?}", guest.kernel.identity.release);
         let arena = Arena::open(&guest.kernel, &guest, guest.slot()).unwrap();
         assert!(!arena.is_mapped());
+    }
+}
+
+#[test]
+fn the_look_ups_of_every_kernel_can_be_hooked_once_and_for_all() {
+    for (name, guest) in Guest::every() {
+        let view = link::Guest::new(&guest.kernel, &guest);
+        let facts = view.facts().unwrap();
+        let arena = Arena::open(&guest.kernel, &guest, guest.slot()).unwrap();
+        let layers = Layers::find(&view, arena.manifest());
+        let hooks = hooks::choose(&Table::ALL, &view, &facts, &arena, &layers)
+            .unwrap_or_else(|(function, why)| panic!("{name}: {function}: {why}"));
+        assert_eq!(hooks.stubs.len(), 2);
+        for (site, (table, code)) in hooks.sites.iter().zip(&hooks.stubs) {
+            let entry = guest
+                .kernel
+                .symbols
+                .unique(hooks::function(*table))
+                .unwrap();
+            // A landing mark and ftrace's nop at most lie before it; find_bug is built without the latter.
+            let most = if *table == Table::Bugs { 4 } else { 9 };
+            assert!(
+                (entry..=entry.wrapping_add(most)).contains(&site.at),
+                "{name}"
+            );
+            let displaced = view
+                .bytes(site.covered.start, site.covered.size() as usize)
+                .unwrap();
+            let (_, onward) = code.split_at(code.len() - displaced.len() - 5);
+            assert_eq!(onward[..displaced.len()], displaced, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_function_that_is_hooked_for_one_patch_is_not_replaced_by_another() {
+    let Some(guest) = first() else {
+        return;
+    };
+    let named = |name: &str| samples().iter().find(|it| it.patch().name == name);
+    let (Some(warns), Some(other)) = (named("loadavg-warn"), named("proc-version")) else {
+        return;
+    };
+    let other = changed(other, |patch| patch.replaced[0].name = "find_bug".into());
+    let before = verified(&guest, &other);
+    assert!(
+        matches!(before, Err(LinkError::Locate(LocateError::Differs { .. }))),
+        "{before:?}"
+    );
+    apply(&guest, warns);
+    match verified(&guest, &other) {
+        Err(LinkError::Layers(LayerError::Hooked { owner, .. })) => {
+            assert_eq!(owner, "loadavg-warn");
+        }
+        refused => panic!("{refused:?}"),
     }
 }
 

@@ -13,8 +13,8 @@ use vmpatch_introspect::target::StopRequest;
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{Deadline, Dump, Kernel, PhysicalMemory, Target};
 use vmpatch_patcher::apply::{Attempt, Attempted, Change, Failure, Schedule, Unobserved};
-use vmpatch_patcher::arena::Arena;
-use vmpatch_patcher::link::{self, Plan};
+use vmpatch_patcher::arena::{Arena, Manifest};
+use vmpatch_patcher::link::{self, Live, Plan};
 use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::quiescence::LiveKernel;
 use vmpatch_patcher::rollback;
@@ -150,6 +150,12 @@ impl Vm {
         }
     }
 
+    fn manifest(&self) -> Manifest {
+        let slot = self.machine.arena().unwrap();
+        let arena = Arena::open(&self.kernel, &self.machine, slot).unwrap();
+        arena.manifest().clone()
+    }
+
     fn state(&self, name: &str) -> Option<State> {
         let report = status::report(
             self.folder.path(),
@@ -264,6 +270,90 @@ fn a_module_that_leaves_between_linking_and_the_stop_is_not_touched() {
             let mut now = vec![0; edit.old.len()];
             vm.machine.read(edit.at, &mut now).unwrap();
             assert_eq!(now, edit.old);
+        }
+    });
+}
+
+/// The patch of that name.
+fn sample<'a>(samples: &'a [PatchFile], name: &str) -> &'a PatchFile {
+    samples
+        .iter()
+        .find(|file| file.patch().name == name)
+        .unwrap()
+}
+
+#[test]
+fn a_hook_is_placed_once_and_goes_with_the_last_patch_that_needs_it() {
+    each(|vm, samples| {
+        let text = vm.text();
+        let changes = |now: &[u8]| now.iter().zip(&text).filter(|(a, b)| a != b).count();
+        let warns = sample(samples, "loadavg-warn");
+        let faults = sample(samples, "uptime-fault");
+        vm.apply(warns).unwrap();
+        let one = changes(&vm.text());
+        vm.apply(faults).unwrap();
+        let both = changes(&vm.text());
+        vm.rollback("loadavg-warn").unwrap();
+        let hooks: Vec<_> = vm.manifest().patches[1].hooks.clone();
+        let names: Vec<_> = hooks.iter().map(|hook| hook.function.as_str()).collect();
+        assert_eq!(names, ["find_bug", "search_exception_tables"]);
+        for hook in &hooks {
+            assert!(hook.is_in_place(&vm.machine).unwrap(), "{}", hook.function);
+        }
+        assert!(one > 5 && both > one && changes(&vm.text()) < both);
+        // The way in again is as the first time, with the hook of the other.
+        vm.apply(warns).unwrap();
+        assert_eq!(changes(&vm.text()), both);
+        assert_eq!(vm.manifest().patches.len(), 2);
+        vm.rollback("uptime-fault").unwrap();
+        assert!(hooks[0].is_in_place(&vm.machine).unwrap());
+        assert!(!hooks[1].is_in_place(&vm.machine).unwrap());
+        assert_eq!(changes(&vm.text()), one);
+        vm.rollback("loadavg-warn").unwrap();
+        assert!(vm.text() == text);
+    });
+}
+
+#[test]
+fn a_hook_that_somebody_took_out_is_told_of() {
+    each(|vm, samples| {
+        vm.apply(sample(samples, "loadavg-warn")).unwrap();
+        let report = || status::report(vm.folder.path(), &vm.machine, vm.boot(), &vm.places());
+        assert!(!report().needs_attention());
+        let hook = vm.manifest().patches[0].hooks[0].clone();
+        for edit in &hook.edits {
+            vm.machine.set(edit.at, &edit.old);
+        }
+        let said = report();
+        assert!(said.needs_attention());
+        assert_eq!(said.patches[0].state, State::Applied);
+        assert_eq!(said.patches[0].damage[0].function, "find_bug");
+    });
+}
+
+#[test]
+fn a_look_up_that_the_guest_itself_has_changed_is_not_hooked() {
+    each(|vm, samples| {
+        let guest = link::Guest::new(&vm.kernel, &vm.machine);
+        let at = vm.kernel.symbols.unique("find_bug").unwrap();
+        let head = guest.bytes(at, 4).unwrap();
+        let mark = [[0xf3, 0x0f, 0x1e, 0xfa], [0x66, 0x0f, 0x1f, 0x00]];
+        let entry = if mark.iter().any(|it| head == it) {
+            4
+        } else {
+            0
+        };
+        let place = guest.physical(at.wrapping_add(entry)).unwrap();
+        // A breakpoint, and the jump that it becomes.
+        for there in [&[0xcc][..], &[0xe9, 1, 2, 3, 4]] {
+            let before = guest.bytes(at.wrapping_add(entry), there.len()).unwrap();
+            vm.machine.set(place, there);
+            let slot = vm.machine.arena().unwrap();
+            let arena = Arena::open(&vm.kernel, &vm.machine, slot).unwrap();
+            let refused = Plan::link(sample(samples, "loadavg-warn"), &guest, &arena);
+            let refused = refused.map(|_| ()).unwrap_err().to_string();
+            assert!(refused.contains("`find_bug` cannot be hooked"), "{refused}");
+            vm.machine.set(place, &before);
         }
     });
 }

@@ -6,6 +6,7 @@
 mod apply;
 mod boot;
 mod busy;
+mod hooks;
 mod interrupted;
 mod lifecycle;
 mod oracle;

@@ -12,16 +12,18 @@ use crate::manifest::Manifest;
 use crate::{dumps, images, objects, paths};
 
 /// Patches that are linked for and applied to dumps: each another kind of change.
-const SAMPLES: [&str; 10] = [
+const SAMPLES: [&str; 12] = [
     "cmdline-suffix",
     "dev-valid-name",
     "dummy-length",
     "getuid",
     "loadavg-const",
     "loadavg-format",
+    "loadavg-warn",
     "meminfo-const",
     "proc-version",
     "uptime-cond",
+    "uptime-fault",
     "version-banner",
 ];
 /// The guest that the samples are for.

@@ -14,7 +14,12 @@ use crate::manifest::Manifest;
 use crate::{images, objects, paths, progress, run};
 
 /// Patches that demo, soak and tests use.
-pub(crate) const PATCHES: [&str; 2] = ["proc-version", "msleep-interruptible"];
+pub(crate) const PATCHES: [&str; 4] = [
+    "proc-version",
+    "msleep-interruptible",
+    "loadavg-warn",
+    "uptime-fault",
+];
 
 /// A prepared run.
 #[derive(Debug)]

@@ -5,7 +5,7 @@
 use vmpatch_introspect::target::{Edit, MemoryError, Target};
 use vmpatch_introspect::{Gpa, PhysicalMemory};
 
-use crate::arena::{ModuleClaim, PatchRecord};
+use crate::arena::{ModuleClaim, PatchRecord, SiteRecord};
 use crate::journal::record::{ArenaEdit, Operation};
 use crate::quiescence::BusyRanges;
 use crate::verify::Verified;
@@ -66,7 +66,7 @@ impl Change {
         Self {
             operation: Operation::Apply,
             boot: verified.boot.clone(),
-            busy: BusyRanges::new(verified.record.busy_for_apply(), &verified.record.sites)
+            busy: BusyRanges::new(verified.record.busy_for_apply(), verified.record.places())
                 .in_modules(verified.record.modules.iter().cloned()),
             patch: verified.record.clone(),
             edits: verified.batch(),
@@ -76,7 +76,7 @@ impl Change {
     }
 
     /// The change that takes an applied patch back: its edits reversed but for those in modules that are gone, gated on its
-    /// new functions. Its
+    /// new functions. Of its hooks go those that nobody else needs, `unneeded`. Its
     /// arena pages stay as they are, for timers and RCU callbacks may still point there.
     ///
     /// # Errors
@@ -84,16 +84,24 @@ impl Change {
     pub fn rollback(
         patch: &PatchRecord,
         unloaded: &[ModuleClaim],
+        unneeded: &[&SiteRecord],
         boot: &str,
     ) -> Result<Self, ChangeError> {
-        let sites: Vec<_> = patch.sites_outside(unloaded).cloned().collect();
+        let places: Vec<_> = patch
+            .sites_outside(unloaded)
+            .chain(unneeded.iter().copied())
+            .cloned()
+            .collect();
         let modules = patch.modules.iter();
         let modules = modules.filter(|it| !unloaded.contains(it)).cloned();
+        let hooks = unneeded.iter().flat_map(|hook| &hook.edits);
+        let mut edits = patch.rollback_edits(unloaded);
+        edits.extend(hooks.map(Edit::reversed));
         Self {
             operation: Operation::Rollback,
             boot: boot.to_owned(),
-            busy: BusyRanges::new(patch.busy_for_rollback(), &sites).in_modules(modules),
-            edits: patch.rollback_edits(unloaded),
+            busy: BusyRanges::new(patch.busy_for_rollback(), &places).in_modules(modules),
+            edits,
             patch: patch.clone(),
             arena: Vec::new(),
         }

@@ -8,6 +8,7 @@ use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 
 use super::claim::ModuleClaim;
+use super::fixed::FIXED_PAGES;
 use super::window::WINDOW_PAGES;
 use crate::patch::SectionKind;
 use crate::patch::check::{MAX_SYMBOL_NAME, patch_name};
@@ -40,6 +41,9 @@ pub struct PatchRecord {
     pub sites: Vec<SiteRecord>,
     /// Code that no task may stand in while it is applied or rolled back.
     pub busy: Vec<BusyRange>,
+    /// Places in the guest's text that it needs changed and shares with every patch that needs them too: entries
+    /// of the kernel's own look-ups. There while any of these patches is applied. They say nothing of its state.
+    pub hooks: Vec<SiteRecord>,
 }
 
 /// A run of whole pages of the window, mapped alike.
@@ -53,7 +57,7 @@ pub struct Extent {
     pub kind: SectionKind,
 }
 
-/// One place in the guest's text that a patch changes: the entry jump of one function.
+/// One place in the guest's text that a patch changes: a jump near the entry of one function.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SiteRecord {
     /// The function, for messages.
@@ -105,7 +109,12 @@ pub enum PatchState {
 }
 
 impl PatchRecord {
-    /// The edits that apply it, in order.
+    /// All places that it changes or needs changed.
+    pub fn places(&self) -> impl Iterator<Item = &SiteRecord> {
+        self.sites.iter().chain(&self.hooks)
+    }
+
+    /// The edits of its own sites that apply it, in order.
     #[must_use]
     pub fn apply_edits(&self) -> Vec<Edit> {
         self.sites
@@ -114,7 +123,7 @@ impl PatchRecord {
             .collect()
     }
 
-    /// The edits that roll it back, in order, but for what lies in modules that are gone.
+    /// The edits of its own sites that roll it back, in order, but for what lies in modules that are gone.
     #[must_use]
     pub fn rollback_edits(&self, unloaded: &[ModuleClaim]) -> Vec<Edit> {
         self.sites_outside(unloaded)
@@ -160,17 +169,17 @@ impl Manifest {
         Self {
             boot: boot.to_owned(),
             generation,
-            next_page: 0,
+            next_page: FIXED_PAGES,
             patches: Vec::new(),
         }
     }
 
-    /// Whether it is possible: extents lie within the window and below `next_page`, edits within a
+    /// Whether it is possible: extents lie between the fixed pages and `next_page`, edits within a
     /// page and as long on both sides, names are such as this program gives. A guest can write to the slot, so
     /// nothing else is believed.
     #[must_use]
     pub fn check(&self) -> bool {
-        self.next_page <= WINDOW_PAGES
+        (FIXED_PAGES..=WINDOW_PAGES).contains(&self.next_page)
             && self.patches.iter().all(|patch| patch.check(self.next_page))
     }
 }
@@ -178,26 +187,18 @@ impl Manifest {
 impl PatchRecord {
     fn check(&self, next_page: u32) -> bool {
         let extents = self.extents.iter().all(|extent| {
-            extent
-                .page
-                .checked_add(extent.pages)
-                .is_some_and(|end| end <= next_page)
+            let end = extent.page.checked_add(extent.pages);
+            FIXED_PAGES <= extent.page && end.is_some_and(|end| end <= next_page)
         });
-        let edits = self.sites.iter().flat_map(|site| &site.edits).all(|edit| {
-            let length = edit.old.len() as u64;
-            edit.new.len() as u64 == length && edit.at.page_offset() + length <= PAGE_SIZE
-        });
-        extents
-            && edits
-            && self.names_are_ours()
-            && !self.sites.iter().any(|site| site.edits.is_empty())
+        let mut places = self.places();
+        extents && self.names_are_ours() && places.all(SiteRecord::check)
     }
 
     /// Names reach terminals and file names: none may be empty, endless or of other characters than a patch file
     /// can bring there. A digest has no more kinds of characters than a name.
     fn names_are_ours(&self) -> bool {
         let plain = |name: &str| patch_name(name).is_ok();
-        let of_sites = self.sites.iter().map(|site| &site.function);
+        let of_sites = self.places().map(|site| &site.function);
         let of_busy = self.busy.iter().map(|busy| &busy.function);
         let of_modules = self.modules.iter().map(|module| &module.name);
         plain(&self.name)
@@ -206,6 +207,31 @@ impl PatchRecord {
                 .chain(of_busy)
                 .chain(of_modules)
                 .all(|name| function_name(name))
+    }
+}
+
+impl SiteRecord {
+    /// Whether it holds its new bytes.
+    ///
+    /// # Errors
+    /// It lies outside guest RAM.
+    pub fn is_in_place(&self, physical: &dyn PhysicalMemory) -> Result<bool, MemoryError> {
+        for edit in &self.edits {
+            let mut now = vec![0; edit.new.len()];
+            physical.read(edit.at, &mut now)?;
+            if now != edit.new {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn check(&self) -> bool {
+        let possible = |edit: &Edit| {
+            let length = edit.old.len() as u64;
+            edit.new.len() as u64 == length && edit.at.page_offset() + length <= PAGE_SIZE
+        };
+        !self.edits.is_empty() && self.edits.iter().all(possible)
     }
 }
 

@@ -8,7 +8,8 @@
 //!   ┌  0..16   manifest, copy A               not mapped
 //!   │ 16..32   manifest, copy B               not mapped
 //!   │ 32       page table of the window       not mapped
-//!   └ 64..576  extents, in order of arrival   pages 0..512: text r-x, constants r--, data rw-
+//!   └ 64..576  three fixed pages, then the    pages 0..512: text r-x, constants r--, data rw-
+//!              extents, in order of arrival
 //! ```
 //!
 //! Pages are handed out once and never again within one boot: timers, RCU callbacks and work items may
@@ -16,6 +17,7 @@
 
 pub mod claim;
 pub mod codec;
+pub mod fixed;
 pub mod manifest;
 pub mod state;
 pub mod window;
@@ -165,6 +167,7 @@ mod tests {
                 },
             }],
             busy: Vec::new(),
+            hooks: Vec::new(),
         }
     }
 

@@ -5,6 +5,7 @@ use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, GpaRange, Gva, Kernel, PhysicalMemory};
 
+use super::fixed::{self, Fixtures, Table};
 use super::manifest::{Extent, Manifest, ManifestError, PatchRecord};
 use super::window::{self, WINDOW_PAGES, WindowError};
 use super::{ArenaWrite, MapEdits, codec};
@@ -143,8 +144,8 @@ impl Arena {
     }
 
     /// Takes in a patch: `contents` are the bytes of the record's extents, in the same order. The
-    /// manifest is written first, so that no later patch is ever given the same pages; then the bytes,
-    /// then the entries that map them, `global` only where the kernel's own text is.
+    /// manifest is written first, so that no later patch is ever given the same pages; then the bytes and the
+    /// fixtures, then the entries that map them, `global` only where the kernel's own text is.
     ///
     /// # Errors
     /// [`ManifestError`] where the manifest would grow beyond its pages.
@@ -152,6 +153,7 @@ impl Arena {
         &self,
         record: &PatchRecord,
         contents: &[Vec<u8>],
+        fixtures: &Fixtures,
         global: bool,
     ) -> Result<Arrival, ArenaError> {
         let mut writes = Vec::new();
@@ -165,6 +167,12 @@ impl Arena {
                 bytes: padded(bytes, *extent),
             });
         }
+        writes.extend(fixed::writes(
+            self.slot,
+            self.mapped,
+            &record.extents,
+            fixtures,
+        ));
         writes.extend(self.table_writes(&record.extents, global));
         Ok(Arrival {
             writes,
@@ -204,14 +212,9 @@ impl Arena {
             return runs.map(|(at, bytes)| ArenaWrite { at, bytes }).collect();
         }
         let mut tables = vec![0; WINDOW_PAGES as usize * 8];
-        for (place, bytes) in self
-            .manifest
-            .patches
-            .iter()
-            .flat_map(|it| &it.extents)
-            .map(run)
-            .chain(runs)
-        {
+        let fixed = fixed::extents();
+        let placed = self.manifest.patches.iter().flat_map(|it| &it.extents);
+        for (place, bytes) in fixed.iter().chain(placed).map(run).chain(runs) {
             let from = (place.0 - at(0).0) as usize;
             if let Some(into) = tables.get_mut(from..from + bytes.len()) {
                 into.copy_from_slice(&bytes);
@@ -234,6 +237,12 @@ impl Arena {
             old: vec![0; new.len()],
             new,
         }]
+    }
+
+    /// Where the slot holds a stub.
+    #[must_use]
+    pub const fn stub(&self, table: Table) -> Gpa {
+        fixed::stub_place(self.slot, table)
     }
 
     /// Guest-virtual address of an extent.
@@ -278,6 +287,7 @@ fn padded(bytes: &[u8], extent: Extent) -> Vec<u8> {
 mod tests {
     use vmpatch_introspect::AddressSpace;
 
+    use super::super::fixed::FIXED_PAGES;
     use super::super::tests::{Slot, kernel, record};
     use super::*;
 
@@ -291,7 +301,9 @@ mod tests {
         record.extents = arena
             .place(&[(SectionKind::Text, contents.len() as u64)])
             .unwrap();
-        let arrival = arena.admit(&record, &[contents.to_vec()], false).unwrap();
+        let arrival = arena
+            .admit(&record, &[contents.to_vec()], &Fixtures::default(), false)
+            .unwrap();
         for write in &arrival.writes {
             slot.write(write.at, &write.bytes);
         }
@@ -324,7 +336,7 @@ mod tests {
         assert!(arrive(&slot, "two", &[0x91; 5000]).map.is_empty());
         let manifest = arena_in(&slot).unwrap().manifest().clone();
         assert_eq!(manifest.patches.len(), 2);
-        assert_eq!(manifest.next_page, 1 + 2);
+        assert_eq!(manifest.next_page, FIXED_PAGES + 1 + 2);
     }
 
     #[test]
@@ -333,13 +345,19 @@ mod tests {
         arrive(&slot, "one", &[0x90; 100]);
         arrive(&slot, "two", &[0x91; 5000]);
         let space = kernel().layout.space;
-        for (page, first, last) in [(0, 0x90, 0xcc), (1, 0x91, 0x91), (2, 0x91, 0xcc)] {
+        for (page, first, last) in [
+            (0, 0xcc, 0xcc),
+            (2, 0, 0),
+            (3, 0x90, 0xcc),
+            (4, 0x91, 0x91),
+            (5, 0x91, 0xcc),
+        ] {
             let frame = walk(&slot, space, window::page_address(page)).unwrap();
             let mut bytes = [0; 4096];
             slot.read(Gpa(frame), &mut bytes).unwrap();
             assert_eq!((bytes[0], bytes[4095]), (first, last), "page {page}");
         }
-        assert_eq!(walk(&slot, space, window::page_address(3)), None);
+        assert_eq!(walk(&slot, space, window::page_address(6)), None);
     }
 
     #[test]
@@ -349,7 +367,7 @@ mod tests {
         let mut lost = record("lost");
         lost.extents = arena.place(&[(SectionKind::Text, 1)]).unwrap();
         let first = arena
-            .admit(&lost, &[vec![1]], false)
+            .admit(&lost, &[vec![1]], &Fixtures::default(), false)
             .unwrap()
             .writes
             .remove(0);
@@ -358,7 +376,7 @@ mod tests {
             .unwrap()
             .place(&[(SectionKind::Data, 1)])
             .unwrap();
-        assert_eq!(next[0].page, 1);
+        assert_eq!(next[0].page, FIXED_PAGES + 1);
     }
 
     #[test]
@@ -388,7 +406,7 @@ mod tests {
     fn a_full_arena_says_so() {
         let slot = Slot::new();
         let arena = arena_in(&slot).unwrap();
-        let most = u64::from(WINDOW_PAGES) * PAGE_SIZE;
+        let most = u64::from(WINDOW_PAGES - FIXED_PAGES) * PAGE_SIZE;
         assert!(arena.place(&[(SectionKind::Text, most)]).is_ok());
         for wanted in [most + 1, u64::MAX] {
             let placed = arena.place(&[(SectionKind::Text, wanted)]);

@@ -96,8 +96,11 @@ pub(super) fn is_no_data(section: &str) -> bool {
 /// the length in bytes of the instruction the entry stands for.
 pub(super) fn refused_entry(special: &Special, len: u64) -> Option<String> {
     match special {
-        // The prefix stays, which is right on every machine; the rest is done by linking as boot does it.
+        // The prefix stays, which is right on every machine; the rest is done by linking as boot does it, or found
+        // by the kernel through a hook.
         Special::LockPrefix
+        | Special::Bug { .. }
+        | Special::Exception { .. }
         | Special::Alternative { .. }
         | Special::Paravirt { .. }
         | Special::RuntimeConstant { .. } => None,
@@ -107,12 +110,6 @@ pub(super) fn refused_entry(special: &Special, len: u64) -> Option<String> {
              static-key branches of five bytes"
                 .to_owned(),
         ),
-        Special::Bug { file, line, .. } => {
-            Some(format!("new code with the WARN or BUG of {file}:{line} cannot be brought yet"))
-        }
-        Special::Exception { .. } => {
-            Some("new code with an access that may fault cannot be brought yet".to_owned())
-        }
         Special::Unknown => Some("nothing is known of this section".to_owned()),
     }
 }

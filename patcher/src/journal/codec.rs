@@ -14,7 +14,7 @@
 use super::record::{Begun, Ending, Record};
 
 const MAGIC: &[u8; 8] = b"VMPJRNL\0";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 16;
 const HEAD: usize = 12;
 
@@ -258,6 +258,7 @@ mod tests {
                 modules: Vec::new(),
                 sites: Vec::new(),
                 busy: Vec::new(),
+                hooks: Vec::new(),
             },
             edits,
             arena: Vec::new(),

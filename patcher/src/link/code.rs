@@ -89,6 +89,39 @@ pub struct Linked {
     pub pieces: Vec<u8>,
 }
 
+impl Context<'_> {
+    /// The address of a symbol that new code names.
+    ///
+    /// # Errors
+    /// [`Obstacle`]: it is not known for certain.
+    pub fn value(&self, index: u32) -> Result<Gva, Obstacle> {
+        let Self {
+            names,
+            learned,
+            placement,
+            ..
+        } = self;
+        match names.symbol(index) {
+            Some(Symbol::Own {
+                section, offset, ..
+            }) => {
+                let start = placement.sections.get(*section as usize);
+                start
+                    .map(|at| at.wrapping_add(*offset))
+                    .ok_or(Obstacle::Site("no such section"))
+            }
+            Some(Symbol::OldBytes { section, .. }) => Err(Obstacle::OldBytes(section.clone())),
+            _ => names.value(learned, index).ok_or_else(|| {
+                let name = names.name(index).to_owned();
+                match names.count(index) {
+                    0 => Obstacle::Absent(name),
+                    count => Obstacle::Ambiguous { name, count },
+                }
+            }),
+        }
+    }
+}
+
 /// Links every section.
 ///
 /// # Errors
@@ -151,7 +184,7 @@ impl SectionLinker<'_, '_> {
                 self.field(&mut image, field)?;
             }
         }
-        let resolve = |index| self.value(index).ok();
+        let resolve = |index| self.context.value(index).ok();
         let Context { facts, live, .. } = self.context;
         boot::run(&mut image, &self.section.sites, facts, *live, &resolve)
             .map_err(|error| self.error(error.offset(), error.into()))?;
@@ -189,6 +222,7 @@ impl SectionLinker<'_, '_> {
             return Err(self.error(field.offset, Obstacle::Unmarked(name.to_owned())));
         }
         let mut symbol = self
+            .context
             .value(field.symbol)
             .map_err(|why| self.error(field.offset, why))?;
         if self.needs_landing_mark(field, symbol) {
@@ -212,33 +246,6 @@ impl SectionLinker<'_, '_> {
 
     fn is_guest(&self, index: u32) -> bool {
         matches!(self.context.names.symbol(index), Some(Symbol::Guest { .. }))
-    }
-
-    fn value(&self, index: u32) -> Result<Gva, Obstacle> {
-        let Context {
-            names,
-            learned,
-            placement,
-            ..
-        } = self.context;
-        match names.symbol(index) {
-            Some(Symbol::Own {
-                section, offset, ..
-            }) => {
-                let start = placement.sections.get(*section as usize);
-                start
-                    .map(|at| at.wrapping_add(*offset))
-                    .ok_or(Obstacle::Site("no such section"))
-            }
-            Some(Symbol::OldBytes { section, .. }) => Err(Obstacle::OldBytes(section.clone())),
-            _ => names.value(learned, index).ok_or_else(|| {
-                let name = names.name(index).to_owned();
-                match names.count(index) {
-                    0 => Obstacle::Absent(name),
-                    count => Obstacle::Ambiguous { name, count },
-                }
-            }),
-        }
     }
 
     /// Whether the field takes the address of a guest function that may then be called indirectly, which
@@ -319,7 +326,8 @@ impl SectionLinker<'_, '_> {
         inverted: bool,
     ) -> Result<[u8; 5], Obstacle> {
         let place = |it: Reference| {
-            self.value(it.symbol)
+            self.context
+                .value(it.symbol)
                 .map(|at| at.wrapping_add(it.addend.cast_unsigned()))
         };
         let (key, target) = (place(key)?, place(target)?);

@@ -99,13 +99,18 @@ pub fn fentry(function: Body<'_>) -> Option<&Site> {
 }
 
 /// Length of `endbr64`, or of what it is sealed with, at the head of a function.
-fn landing_mark(running: &[u8]) -> u64 {
+pub(super) fn landing_mark(running: &[u8]) -> u64 {
     let marked = running.starts_with(&[0xf3, 0x0f, 0x1e, 0xfa])
         || running.starts_with(&[0x66, 0x0f, 0x1f, 0x00]);
     if marked { 4 } else { 0 }
 }
 
-fn place(function: Body<'_>, parts: &[Body<'_>], start: u64) -> Result<Entry, EntryError> {
+/// The place at `start`, an offset in the function.
+pub(super) fn place(
+    function: Body<'_>,
+    parts: &[Body<'_>],
+    start: u64,
+) -> Result<Entry, EntryError> {
     let length = function.running.len() as u64;
     let end = start + JUMP;
     if end > length {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use vmpatch_introspect::{Gpa, Gva, GvaRange, ReadError};
 
 use super::live::{Guest, Live};
-use crate::arena::{BusyKind, BusyRange, Manifest, PatchRecord};
+use crate::arena::{BusyKind, BusyRange, Manifest, PatchRecord, SiteRecord};
 use crate::patch::Patch;
 use crate::status::{Known, State};
 
@@ -25,6 +25,16 @@ pub enum LayerError {
     NameTaken {
         /// The name.
         name: String,
+    },
+    /// A function of it is hooked for the sake of a patch.
+    #[error(
+        "`{function}` is hooked for patch `{owner}`, whose new code may trap; roll that back first"
+    )]
+    Hooked {
+        /// The function.
+        function: String,
+        /// The patch.
+        owner: String,
     },
     /// A patch that covers a function of it is neither applied nor rolled back.
     #[error("patch `{owner}` has left `{function}` in a state that is neither old nor new")]
@@ -84,16 +94,21 @@ impl Layers {
     /// The uppermost patch that has replaced a function, if any has.
     ///
     /// # Errors
-    /// [`LayerError::Unclear`].
+    /// [`LayerError::Unclear`], [`LayerError::Hooked`].
     pub fn upon(
         &self,
         function: &str,
         range: GvaRange,
     ) -> Result<Option<&PatchRecord>, LayerError> {
-        let has_site = |record: &&PatchRecord| {
-            let mut sites = record.sites.iter();
-            sites.any(|site| site.covered.overlaps(&range) || range.contains(site.at))
-        };
+        let inside = |site: &SiteRecord| site.covered.overlaps(&range) || range.contains(site.at);
+        let has_site = |record: &&PatchRecord| record.sites.iter().any(inside);
+        let has_hook = |record: &&PatchRecord| record.hooks.iter().any(inside);
+        if let Some(hooked) = self.applied.iter().find(has_hook) {
+            return Err(LayerError::Hooked {
+                function: function.to_owned(),
+                owner: hooked.name.clone(),
+            });
+        }
         if let Some(unclear) = self.damaged.iter().find(has_site) {
             return Err(LayerError::Unclear {
                 function: function.to_owned(),

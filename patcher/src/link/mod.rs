@@ -4,11 +4,12 @@
 //! The order is [`plan`]'s: what is patched already ([`layers`]), where they are (run-pre matching in
 //! [`verify`](crate::verify)), whether they can be replaced ([`region`], [`tracing`]), where the jump goes ([`entry`]),
 //! where the new code lies ([`place`]) and what it becomes there ([`code`]), by what this boot decided
-//! ([`boot`]).
+//! ([`boot`]); what the kernel finds when it traps ([`traps`]) and how it comes to look there ([`hooks`]).
 
 pub mod boot;
 pub mod code;
 pub mod entry;
+pub mod hooks;
 pub mod layers;
 pub mod live;
 pub mod names;
@@ -18,6 +19,7 @@ pub mod plan;
 pub mod region;
 pub mod relocate;
 pub mod tracing;
+pub mod traps;
 
 pub use live::{Guest, Live};
 pub use plan::{LinkError, Plan};

@@ -3,6 +3,7 @@
 
 use vmpatch_introspect::Gva;
 
+use super::traps::{self, Block, Parts};
 use crate::arena::{Arena, ArenaError, Extent};
 use crate::patch::{Patch, SectionKind, SiteKind};
 
@@ -16,6 +17,8 @@ const KINDS: [SectionKind; 3] = [SectionKind::Text, SectionKind::ReadOnly, Secti
 pub struct Shape {
     /// For each section of the patch: its kind and its offset in the extent of that kind.
     offsets: Vec<(SectionKind, u64)>,
+    /// The same for the parts of its tables.
+    tables: Parts<(SectionKind, u64)>,
     /// Extents needed, with their size in bytes.
     sizes: Vec<(SectionKind, u64)>,
     /// Offset of the room for made code in the text extent.
@@ -33,6 +36,8 @@ pub struct Placement {
     pub sections: Vec<Gva>,
     /// Start of the room for made code.
     pub pieces: Gva,
+    /// Start of each part of the tables.
+    pub tables: Parts<Gva>,
 }
 
 impl Shape {
@@ -41,12 +46,28 @@ impl Shape {
     pub fn of(patch: &Patch, stubs: usize) -> Self {
         let mut offsets = Vec::with_capacity(patch.sections.len());
         let mut ends = [0_u64; KINDS.len()];
+        let mut take = |block: Block| {
+            let end = &mut ends[kind_index(block.kind)];
+            if block.size == 0 {
+                return (block.kind, *end);
+            }
+            let start = end.saturating_add(block.align - 1) & !(block.align - 1);
+            *end = start.saturating_add(block.size);
+            (block.kind, start)
+        };
         for section in &patch.sections {
-            let end = &mut ends[kind_index(section.kind)];
-            let start = end.saturating_add(section.align - 1) & !(section.align - 1);
-            *end = start.saturating_add(section.bytes.len() as u64);
-            offsets.push((section.kind, start));
+            offsets.push(take(Block {
+                kind: section.kind,
+                align: section.align,
+                size: section.bytes.len() as u64,
+            }));
         }
+        let room = traps::room(patch);
+        let tables = Parts {
+            bugs: take(room.bugs),
+            faults: take(room.faults),
+            files: take(room.files),
+        };
         let pieces = ends[0].saturating_add(PIECE - 1) & !(PIECE - 1);
         let most_pieces = static_branches(patch).saturating_add(stubs);
         ends[0] = pieces.saturating_add((most_pieces as u64).saturating_mul(PIECE));
@@ -57,6 +78,7 @@ impl Shape {
             .collect();
         Self {
             offsets,
+            tables,
             sizes,
             pieces,
             most_pieces,
@@ -67,6 +89,12 @@ impl Shape {
     #[must_use]
     pub const fn most_pieces(&self) -> usize {
         self.most_pieces
+    }
+
+    /// Whether anything is mapped so.
+    #[must_use]
+    pub fn needs(&self, kind: SectionKind) -> bool {
+        self.sizes.iter().any(|(needed, _)| *needed == kind)
     }
 
     /// Takes pages that no patch had yet.
@@ -95,16 +123,29 @@ impl Shape {
         let section = |&(kind, offset): &(SectionKind, u64)| start(kind).wrapping_add(offset);
         let sections = self.offsets.iter().map(section).collect();
         let pieces = start(SectionKind::Text).wrapping_add(self.pieces);
+        let tables = Parts {
+            bugs: section(&self.tables.bugs),
+            faults: section(&self.tables.faults),
+            files: section(&self.tables.files),
+        };
         Placement {
             sections,
             pieces,
+            tables,
             extents,
         }
     }
 
-    /// The bytes of each extent, from those of each section and of the made code.
+    /// The bytes of each extent, from those of each section, of the made code and of the tables.
     #[must_use]
-    pub fn contents(&self, sections: &[Vec<u8>], pieces: &[u8]) -> Vec<Vec<u8>> {
+    pub fn contents(
+        &self,
+        sections: &[Vec<u8>],
+        pieces: &[u8],
+        tables: &Parts<Vec<u8>>,
+    ) -> Vec<Vec<u8>> {
+        let tables = self.tables.in_order().into_iter().zip(tables.in_order());
+        let parts: Vec<_> = self.offsets.iter().zip(sections).chain(tables).collect();
         let fill = |&(kind, size): &(SectionKind, u64)| {
             let gap = if kind == SectionKind::Text { 0xcc } else { 0 };
             let mut bytes = vec![gap; size as usize];
@@ -114,9 +155,9 @@ impl Shape {
                     into.copy_from_slice(part);
                 }
             };
-            for ((of, offset), section) in self.offsets.iter().zip(sections) {
+            for ((of, offset), part) in &parts {
                 if *of == kind {
-                    put(*offset, section);
+                    put(*offset, part);
                 }
             }
             if kind == SectionKind::Text {
@@ -198,7 +239,11 @@ mod tests {
         assert_eq!(placed.sections[2], text.wrapping_add(16));
         assert_eq!(placed.sections[1], Arena::address(extents[1]));
         assert_eq!(placed.pieces, text.wrapping_add(32));
-        let contents = shape.contents(&[vec![1; 5], vec![2; 3], vec![3; 5]], &[9]);
+        let contents = shape.contents(
+            &[vec![1; 5], vec![2; 3], vec![3; 5]],
+            &[9],
+            &Parts::default(),
+        );
         assert_eq!(contents[0][..6], [1, 1, 1, 1, 1, 0xcc]);
         assert_eq!(
             (contents[0][16], contents[0][32], contents[0].len()),

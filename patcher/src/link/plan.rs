@@ -9,6 +9,7 @@ use super::boot::Facts;
 use super::boot::facts::FactsError;
 use super::code::{self, CodeError, Context};
 use super::entry::{self, Body, Entry, EntryError};
+use super::hooks::{self, HookError, Hooks};
 use super::layers::{self, LayerError, Layers};
 use super::live::{Guest, Live};
 use super::names::{Learned, Names};
@@ -16,6 +17,8 @@ use super::place::{Placement, Shape};
 use super::region::{self, RegionError};
 use super::relocate::{self, OutOfReach};
 use super::tracing::{self, TracingError};
+use super::traps;
+use crate::arena::fixed::Fixtures;
 use crate::arena::window::{self, WindowError};
 use crate::arena::{Arena, ArenaError, BusyKind, BusyRange, ModuleClaim, PatchRecord, SiteRecord};
 use crate::patch::file::PatchFile;
@@ -36,6 +39,8 @@ pub struct Plan<'a> {
     pub(crate) record: PatchRecord,
     /// Bytes of the record's extents.
     pub(crate) contents: Vec<Vec<u8>>,
+    /// What goes into the arena's fixed pages.
+    pub(crate) fixtures: Fixtures,
     /// New functions, in the order of the patch.
     pub(crate) new: Vec<GvaRange>,
     /// For each of them the patch whose version it takes the place of.
@@ -96,6 +101,16 @@ pub enum LinkError {
         /// Why not.
         why: EntryError,
     },
+    /// The kernel would not find what new code needs when it traps.
+    #[error(
+        "new code has a WARN, a BUG or an access that may fault, and `{function}` cannot be hooked: {why}"
+    )]
+    Hook {
+        /// The function that the kernel looks up by.
+        function: &'static str,
+        /// Why not.
+        why: HookError,
+    },
     /// New code cannot be made ready.
     #[error(transparent)]
     Code(#[from] CodeError),
@@ -141,8 +156,12 @@ impl<'a> Plan<'a> {
         let beneath = layers.beneath(guest);
         let facts = guest.facts()?;
         let names = Names::look_up(&patch.symbols, &patch.units, guest);
+        let needed = traps::needed(patch);
+        let hooks = hooks::choose(&needed, guest, &facts, arena, &layers)
+            .map_err(|(function, why)| LinkError::Hook { function, why })?;
         let linker = Linker {
             patch,
+            hooks: &hooks,
             digest,
             guest,
             arena,
@@ -152,6 +171,7 @@ impl<'a> Plan<'a> {
             beneath: &beneath,
         };
         let (located, learned) = linker.locate()?;
+        linker.hooks_are_apart(&located)?;
         let entries = linker.entries(&located)?;
         let over = linker.over(&located)?;
         let placed = linker.place(&located, &entries, &learned)?;
@@ -162,6 +182,7 @@ impl<'a> Plan<'a> {
             located,
             record: placed.record,
             contents: placed.contents,
+            fixtures: placed.fixtures,
             new: placed.new,
             over,
             global,
@@ -214,11 +235,13 @@ fn is_live(name: &str, guest: &Guest<'_>) -> Result<(), LinkError> {
 struct Placed {
     record: PatchRecord,
     contents: Vec<Vec<u8>>,
+    fixtures: Fixtures,
     new: Vec<GvaRange>,
 }
 
 struct Linker<'a> {
     patch: &'a Patch,
+    hooks: &'a Hooks,
     digest: String,
     guest: &'a Guest<'a>,
     arena: &'a Arena,
@@ -273,6 +296,22 @@ impl Linker<'_> {
         for at in self.guest.defined_in(object, &wanted.name) {
             if let Some(range) = GvaRange::sized(at, wanted.old.bytes.len() as u64) {
                 self.layers.upon(&wanted.name, range)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// No function can be both replaced and hooked: one jump would hide the other.
+    fn hooks_are_apart(&self, located: &[Located]) -> Result<(), LinkError> {
+        let functions = self.patch.replaced.iter().zip(located);
+        for (wanted, found) in functions {
+            let mut hooks = self.hooks.sites.iter();
+            if hooks.any(|site| found.range.contains(site.at)) {
+                return Err(LayerError::Hooked {
+                    function: wanted.name.clone(),
+                    owner: self.patch.name.clone(),
+                }
+                .into());
             }
         }
         Ok(())
@@ -388,11 +427,19 @@ impl Linker<'_> {
             modules: self.claims(),
             sites,
             busy,
+            hooks: self.hooks.sites.clone(),
         };
-        let contents = shape.contents(&linked.sections, &linked.pieces);
+        let tables = traps::fill(&context)?;
+        let contents = shape.contents(&linked.sections, &linked.pieces, &tables);
+        let place = |table| (table, placement.tables.table(table));
+        let fixtures = Fixtures {
+            stubs: self.hooks.stubs.clone(),
+            tables: traps::needed(self.patch).into_iter().map(place).collect(),
+        };
         Ok(Placed {
             record,
             contents,
+            fixtures,
             new,
         })
     }
@@ -448,7 +495,7 @@ impl Linker<'_> {
 }
 
 /// One edit for each page that the bytes lie on.
-fn edits(live: &dyn Live, at: Gva, new: &[u8]) -> Result<Vec<Edit>, ReadError> {
+pub(super) fn edits(live: &dyn Live, at: Gva, new: &[u8]) -> Result<Vec<Edit>, ReadError> {
     let mut edits = Vec::new();
     let (mut at, mut left) = (at, new);
     while !left.is_empty() {

@@ -57,7 +57,10 @@ impl Hit<'_> {
 impl BusyRanges {
     /// Sorts the ranges of a change.
     #[must_use]
-    pub fn new<'a>(busy: impl Iterator<Item = &'a BusyRange>, sites: &'a [SiteRecord]) -> Self {
+    pub fn new<'a>(
+        busy: impl Iterator<Item = &'a BusyRange>,
+        sites: impl IntoIterator<Item = &'a SiteRecord>,
+    ) -> Self {
         let code = busy.map(|busy| Row {
             range: busy.range,
             base: busy.range.start,
@@ -65,7 +68,7 @@ impl BusyRanges {
             function: busy.function.clone(),
             kind: RangeKind::Code(busy.kind),
         });
-        let covered = sites.iter().map(|site| Row {
+        let covered = sites.into_iter().map(|site| Row {
             // A task that goes on from the first byte meets whole instructions, old or new.
             range: GvaRange {
                 start: site.covered.start.wrapping_add(1),

@@ -123,9 +123,11 @@ pub fn change(ledger: &Ledger, name: &str) -> Result<Change, RollbackError> {
             above,
         });
     }
+    let unneeded = ledger.known().unshared_hooks(patch);
     Ok(Change::rollback(
         &patch.record,
         &patch.unloaded,
+        &unneeded,
         ledger.boot(),
     )?)
 }

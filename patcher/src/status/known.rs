@@ -131,6 +131,22 @@ impl Known {
             .or_else(|| named().next())
     }
 
+    /// The hooks of `patch` that no other applied patch needs.
+    #[must_use]
+    pub fn unshared_hooks<'a>(&self, patch: &'a KnownPatch) -> Vec<&'a SiteRecord> {
+        let others = || {
+            let applied =
+                |other: &&KnownPatch| other.state == State::Applied && other.record != patch.record;
+            self.patches.iter().filter(applied)
+        };
+        let needed = |hook: &SiteRecord| {
+            let mut hooks = others().flat_map(|other| &other.record.hooks);
+            hooks.any(|other| other.at == hook.at)
+        };
+        let hooks = patch.record.hooks.iter();
+        hooks.filter(|hook| !needed(hook)).collect()
+    }
+
     /// The applied patches that lie upon `patch`: they change the same place, or its new code.
     #[must_use]
     pub fn above(&self, patch: &KnownPatch) -> Vec<&str> {

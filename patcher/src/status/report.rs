@@ -6,7 +6,7 @@ use vmpatch_introspect::{Gva, PhysicalMemory};
 
 use super::known::{Known, KnownPatch, Source, State};
 use super::settle::{Interrupted, Verdict};
-use crate::arena::Manifest;
+use crate::arena::{Manifest, SiteRecord};
 use crate::journal::{Ending, Entry, Operation};
 
 /// More patches than one boot has arena pages; the manifest that an earlier one left may claim anything.
@@ -44,7 +44,7 @@ pub struct PatchReport {
     pub unloaded: Vec<String>,
     /// Applied patches that lie upon it and must be rolled back first.
     pub above: Vec<String>,
-    /// Places that hold neither its old nor its new bytes.
+    /// Places that hold neither its old nor its new bytes; of an applied patch, hooks that are not there.
     pub damage: Vec<Damage>,
     /// What this host last did with it.
     pub last: Option<LastChange>,
@@ -97,7 +97,7 @@ impl Report {
             || self
                 .patches
                 .iter()
-                .any(|patch| patch.state == State::Damaged)
+                .any(|patch| patch.state == State::Damaged || !patch.damage.is_empty())
     }
 }
 
@@ -192,20 +192,26 @@ fn report(
             .collect(),
         above: known.above(patch).into_iter().map(str::to_owned).collect(),
         damage: match patch.state {
-            State::Damaged => damage(patch, memory),
-            State::Applied | State::NotApplied => Vec::new(),
+            State::Damaged => damage(patch.sites(), memory, true),
+            State::Applied => damage(&record.hooks, memory, false),
+            State::NotApplied => Vec::new(),
         },
         last: last_change(entries, boot, &record.name),
     }
 }
 
-fn damage(patch: &KnownPatch, memory: &dyn PhysicalMemory) -> Vec<Damage> {
+/// Places that hold neither their new bytes nor, where those are right too, their old ones.
+fn damage<'a>(
+    sites: impl IntoIterator<Item = &'a SiteRecord>,
+    memory: &dyn PhysicalMemory,
+    or_old: bool,
+) -> Vec<Damage> {
     let mut damage = Vec::new();
-    for site in patch.sites() {
+    for site in sites {
         for edit in &site.edits {
             let mut found = vec![0; edit.old.len()];
             let read = memory.read(edit.at, &mut found);
-            if read.is_ok() && (found == edit.old || found == edit.new) {
+            if read.is_ok() && (found == edit.new || or_old && found == edit.old) {
                 continue;
             }
             damage.push(Damage {

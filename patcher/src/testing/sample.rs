@@ -116,6 +116,7 @@ fn record(machine: &Machine, name: &str, page: u32) -> PatchRecord {
             busy("first", new(0), FUNCTION, BusyKind::New),
             busy("second", new(1), FUNCTION, BusyKind::New),
         ],
+        hooks: Vec::new(),
     }
 }
 

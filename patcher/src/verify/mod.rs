@@ -9,9 +9,9 @@ pub mod tolerance;
 use serde::{Deserialize, Serialize};
 
 use vmpatch_introspect::target::{Edit, MemoryError};
-use vmpatch_introspect::{Gva, GvaRange};
+use vmpatch_introspect::{Gva, GvaRange, PhysicalMemory};
 
-use crate::arena::{Arena, ArenaError, ArenaWrite, BusyRange, MapEdits, PatchRecord};
+use crate::arena::{Arena, ArenaError, ArenaWrite, BusyRange, MapEdits, PatchRecord, SiteRecord};
 use crate::link::layers::Layers;
 use crate::link::names::{Learned, Names};
 use crate::link::{Guest, Live, Plan};
@@ -57,25 +57,45 @@ pub fn verify(plan: Plan<'_>, guest: &Guest<'_>, arena: &Arena) -> Result<Verifi
     let layers = Layers::find(guest, arena.manifest());
     old_functions_run(&plan, guest, &layers.beneath(guest))?;
     for site in &plan.record.sites {
-        for edit in &site.edits {
-            let mut now = vec![0; edit.old.len()];
-            guest.memory().physical.read(edit.at, &mut now)?;
-            if now != edit.old {
-                return Err(VerifyError::Changed {
-                    function: site.function.clone(),
-                });
-            }
-        }
+        is_as_before(site, guest.memory().physical)?;
     }
-    let arrival = arena.admit(&plan.record, &plan.contents, plan.global)?;
+    let mut switch = plan.record.apply_edits();
+    switch.extend(hooks_to_place(&plan.record, guest)?);
+    let arrival = arena.admit(&plan.record, &plan.contents, &plan.fixtures, plan.global)?;
     Ok(Verified {
         boot: guest.kernel().identity.boot.clone(),
         arena_writes: arrival.writes,
         map: arrival.map,
-        switch: plan.record.apply_edits(),
+        switch,
         functions: reports(&plan),
         record: plan.record,
     })
+}
+
+/// The edits of hooks that no other patch has placed.
+fn hooks_to_place(record: &PatchRecord, guest: &Guest<'_>) -> Result<Vec<Edit>, VerifyError> {
+    let memory = guest.memory().physical;
+    let mut edits = Vec::new();
+    for hook in &record.hooks {
+        if !hook.is_in_place(memory)? {
+            is_as_before(hook, memory)?;
+            edits.extend(hook.edits.iter().cloned());
+        }
+    }
+    Ok(edits)
+}
+
+fn is_as_before(site: &SiteRecord, memory: &dyn PhysicalMemory) -> Result<(), VerifyError> {
+    for edit in &site.edits {
+        let mut now = vec![0; edit.old.len()];
+        memory.read(edit.at, &mut now)?;
+        if now != edit.old {
+            return Err(VerifyError::Changed {
+                function: site.function.clone(),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn old_functions_run(
@@ -127,7 +147,8 @@ pub struct Verified {
     pub arena_writes: Vec<ArenaWrite>,
     /// In the stop, first: map the arena window. Not reversed by rollback.
     pub map: MapEdits,
-    /// In the stop, after `map`: the entry jumps. Rollback reverses them.
+    /// In the stop, after `map`: the entry jumps, and the hooks that are not there yet. Rollback reverses them, but
+    /// for hooks that another patch needs.
     pub switch: Vec<Edit>,
     /// What each function became, for the report.
     pub functions: Vec<FunctionReport>,
