@@ -33,6 +33,7 @@ pub(crate) mod tests {
     use super::boot::returns::Returns;
     use super::boot::{Facts, Rules};
     use super::live::Live;
+    use crate::patch::VMLINUX;
 
     /// A boot with no mitigation and no features.
     pub(crate) fn facts() -> Facts {
@@ -52,7 +53,8 @@ pub(crate) mod tests {
     /// A guest of a few named bytes.
     #[derive(Default)]
     pub(crate) struct Fake {
-        names: Vec<(String, Gva)>,
+        /// Object, name, address.
+        names: Vec<(String, String, Gva)>,
         bytes: BTreeMap<u64, u8>,
     }
 
@@ -62,7 +64,11 @@ pub(crate) mod tests {
         }
 
         pub(crate) fn name(&mut self, name: &str, at: Gva) {
-            self.names.push((name.to_owned(), at));
+            self.name_in(VMLINUX, name, at);
+        }
+
+        pub(crate) fn name_in(&mut self, object: &str, name: &str, at: Gva) {
+            self.names.push((object.to_owned(), name.to_owned(), at));
         }
 
         pub(crate) fn put(&mut self, at: Gva, bytes: &[u8]) {
@@ -74,16 +80,22 @@ pub(crate) mod tests {
 
     impl Live for Fake {
         fn named(&self, name: &str) -> Vec<Gva> {
-            let matching = self.names.iter().filter(|(it, _)| it == name);
-            matching.map(|(_, at)| *at).collect()
+            self.defined_in(VMLINUX, name)
         }
 
-        fn named_in(&self, _object: &str, name: &str) -> Vec<Gva> {
-            self.named(name)
+        fn named_in(&self, object: &str, name: &str) -> Vec<Gva> {
+            let own = self.defined_in(object, name);
+            if own.is_empty() {
+                self.named(name)
+            } else {
+                own
+            }
         }
 
-        fn defined_in(&self, _object: &str, name: &str) -> Vec<Gva> {
-            self.named(name)
+        fn defined_in(&self, object: &str, name: &str) -> Vec<Gva> {
+            let names = self.names.iter();
+            let matching = names.filter(|(of, it, _)| of == object && it == name);
+            matching.map(|(.., at)| *at).collect()
         }
 
         fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {

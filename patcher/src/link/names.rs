@@ -27,6 +27,7 @@ enum Known {
 /// The symbols of a patch, looked up in a guest.
 pub struct Names<'a> {
     symbols: &'a [Symbol],
+    units: &'a [Unit],
     live: &'a dyn Live,
     known: Vec<Known>,
     data_named: bool,
@@ -70,7 +71,7 @@ pub enum Disagreement {
 impl<'a> Names<'a> {
     /// Looks all of them up, each in the object of the file that names it.
     #[must_use]
-    pub fn look_up(symbols: &'a [Symbol], units: &[Unit], live: &'a dyn Live) -> Self {
+    pub fn look_up(symbols: &'a [Symbol], units: &'a [Unit], live: &'a dyn Live) -> Self {
         let known = symbols
             .iter()
             .map(|symbol| known(symbol, units, live))
@@ -79,6 +80,7 @@ impl<'a> Names<'a> {
         let data_named = live.unique("init_task").is_some();
         Self {
             symbols,
+            units,
             live,
             known,
             data_named,
@@ -98,6 +100,15 @@ impl<'a> Names<'a> {
             Some(Symbol::Guest { name, .. } | Symbol::Own { name, .. }) => name,
             Some(Symbol::OldBytes { section, .. }) => section,
             None => "?",
+        }
+    }
+
+    /// The object whose code names it.
+    #[must_use]
+    pub fn object(&self, index: u32) -> &'a str {
+        match self.symbol(index) {
+            Some(Symbol::Guest { unit, .. }) => object(*unit, self.units),
+            _ => VMLINUX,
         }
     }
 
@@ -193,14 +204,17 @@ impl<'a> Names<'a> {
     }
 }
 
+fn object(unit: u32, units: &[Unit]) -> &str {
+    units
+        .get(unit as usize)
+        .map_or(VMLINUX, |unit| &unit.object)
+}
+
 fn known(symbol: &Symbol, units: &[Unit], live: &dyn Live) -> Known {
     let Symbol::Guest { unit, name, sympos } = symbol else {
         return Known::Foreign;
     };
-    let object = units
-        .get(*unit as usize)
-        .map_or(VMLINUX, |unit| &unit.object);
-    let mut all = live.named_in(object, name);
+    let mut all = live.named_in(object(*unit, units), name);
     match (sympos, all.as_slice()) {
         (_, []) => Known::Absent,
         (None, &[only]) => Known::At(only),

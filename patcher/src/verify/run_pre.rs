@@ -301,12 +301,15 @@ impl Trial<'_> {
             return false;
         };
         let live = self.matcher.live;
-        let Some(trampoline) = live.unique(&format!("__SCT__{key}")) else {
+        let object = self.matcher.names.object(field.symbol);
+        let only = |name: &str| match *live.named_in(object, name) {
+            [at] => Some(at),
+            _ => None,
+        };
+        let Some(trampoline) = only(&format!("__SCT__{key}")) else {
             return false;
         };
-        let function = live
-            .unique(&format!("__SCK__{key}"))
-            .and_then(|key| live.read_u64(key).ok());
+        let function = only(&format!("__SCK__{key}")).and_then(|key| live.read_u64(key).ok());
         let call = tolerance::StaticCall {
             at,
             trampoline,

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::link::tests::{Fake, facts};
-use crate::patch::{Reference, RelocationKind, Symbol};
+use crate::patch::{Reference, RelocationKind, Symbol, Unit};
 use crate::verify::locate::{LocateError, Wanted};
 
 const AT: Gva = Gva(0xffff_ffff_8100_0000);
@@ -207,4 +207,41 @@ proptest! {
         let matcher = Matcher { live: &live, facts: &facts, names: &names };
         let _ = matcher.compare(&code, AT, &mut Learned::new());
     }
+}
+
+/// A static call of a module to its function, by names that the module alone has.
+#[test]
+fn a_static_call_of_a_module_is_told_by_the_modules_own_key() {
+    const TRAMPOLINE: Gva = Gva(0xffff_ffff_c000_1000);
+    const KEY: Gva = Gva(0xffff_ffff_c000_2000);
+    let code = Code {
+        bytes: vec![0xe8, 0, 0, 0, 0],
+        relocations: vec![relocation(1, 0)],
+        sites: vec![site(0, 5, SiteKind::StaticCall)],
+    };
+    let symbols = [Symbol::Guest {
+        unit: 0,
+        name: "__SCT__key".into(),
+        sympos: None,
+    }];
+    let holds = |object: &str, running: Gva| {
+        let mut live = Fake::new();
+        live.name("init_task", Gva(1));
+        live.name_in("xfs", "__SCT__key", TRAMPOLINE);
+        live.name_in("xfs", "__SCK__key", KEY);
+        live.put(KEY, &CALLED.0.to_le_bytes());
+        live.put(AT, &relocate::branch(0xe8, AT, running).unwrap());
+        let units = [Unit {
+            file: "fs/xfs.c".into(),
+            object: object.into(),
+        }];
+        let (facts, names) = (&facts(), &Names::look_up(&symbols, &units, &live));
+        let live = &live;
+        let matcher = Matcher { live, facts, names };
+        matcher.compare(&code, AT, &mut Learned::new()).is_ok()
+    };
+    assert!(holds("xfs", CALLED));
+    assert!(holds("xfs", TRAMPOLINE));
+    assert!(!holds("xfs", OTHER));
+    assert!(!holds("vmlinux", CALLED));
 }
