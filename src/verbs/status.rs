@@ -103,16 +103,17 @@ fn interrupted(open: &Interrupted) -> String {
 }
 
 fn damage(patch: &PatchReport) -> Vec<String> {
-    let line = |it: &status::Damage| {
-        format!(
+    let name = &patch.name;
+    let line = |it: &status::Damage| match it {
+        // Of an applied patch only what it shares with others is told.
+        status::Damage { found, old, .. } if found == old => format!(
+            "{} at {} holds {old} as before any patch, not the jump {} that {name} needs there: its new code cannot warn or fault",
+            it.function, it.at, it.new,
+        ),
+        _ => format!(
             "{} at {} holds {}, neither {} (before {name}) nor {} (its jump)",
-            it.function,
-            it.at,
-            it.found,
-            it.old,
-            it.new,
-            name = patch.name
-        )
+            it.function, it.at, it.found, it.old, it.new,
+        ),
     };
     patch.damage.iter().map(line).collect()
 }
