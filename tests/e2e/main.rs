@@ -5,6 +5,7 @@
 
 mod apply;
 mod boot;
+mod build;
 mod busy;
 mod hooks;
 mod interrupted;
