@@ -2,9 +2,16 @@
 //! the configuration leaves out may have a makefile that would build all of it. Owns the question and the reading of the
 //! answer.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
+
+use memchr::memmem;
+
+use crate::diff::Part;
+use crate::error::{At, BuildError};
+use crate::includes::normal;
 
 /// The goal of the question.
 pub(crate) const GOAL: &str = "vmpatch-list";
@@ -38,20 +45,75 @@ pub(crate) fn question(files: &[PathBuf]) -> String {
     text
 }
 
+/// The folders whose makefile may name files of other folders, as that of arch/x86/kvm does of virt/kvm: by a way up, or by
+/// what it includes.
+pub(crate) fn reaching_out(source: &Path) -> Result<Vec<PathBuf>, BuildError> {
+    let mut found = Vec::new();
+    let mut next = vec![PathBuf::new()];
+    while let Some(folder) = next.pop() {
+        let at = source.join(&folder);
+        for entry in fs::read_dir(&at).at(&at)? {
+            let entry = entry.at(&at)?;
+            let path = folder.join(entry.file_name());
+            if entry.file_type().at(&at)?.is_dir() {
+                next.extend(Some(path).filter(|path| Part::of(path) != Part::None));
+            } else if ["Makefile", "Kbuild"]
+                .iter()
+                .any(|name| entry.file_name() == *name)
+            {
+                let text = fs::read(entry.path()).at(entry.path())?;
+                let has = |what: &[u8]| memmem::find(&text, what).is_some();
+                if has(b"../") || has(b"include $(src") {
+                    found.push(folder.clone());
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Objects that the makefile of another folder names, each with the name it has there, by which alone they are compiled.
+#[derive(Debug, Default)]
+pub(crate) struct Elsewhere(HashMap<PathBuf, PathBuf>);
+
+impl Elsewhere {
+    /// Reads what `make` said to the question, or what [`Self::text`] made.
+    pub(crate) fn read(text: &str) -> Self {
+        let objects = objects(text).filter(|name| name.contains("/../"));
+        let pairs =
+            objects.filter_map(|name| Some((normal(Path::new(name))?, PathBuf::from(name))));
+        Self(pairs.collect())
+    }
+
+    /// To be kept.
+    pub(crate) fn text(&self) -> String {
+        let names = self.0.values().map(|name| name.display().to_string());
+        format!("{OBJECTS} {}\n", Vec::from_iter(names).join(" "))
+    }
+
+    /// By which name a file is compiled.
+    pub(crate) fn target(&self, file: &Path) -> PathBuf {
+        let object = file.with_extension("o");
+        self.0.get(&object).cloned().unwrap_or(object)
+    }
+}
+
+fn objects(answer: &str) -> impl Iterator<Item = &str> {
+    let lines = answer.lines().filter_map(|line| line.strip_prefix(OBJECTS));
+    let objects = lines.flat_map(str::split_ascii_whitespace);
+    objects.map(|object| object.trim_start_matches("./"))
+}
+
 /// The objects of an answer.
 #[derive(Debug, Default)]
 pub(crate) struct Configured(HashSet<PathBuf>);
 
 impl Configured {
     /// Reads what `make` said to the question.
-    pub(crate) fn read(answer: &str) -> Self {
-        let lines = answer.lines().filter_map(|line| line.strip_prefix(OBJECTS));
-        let objects = lines.flat_map(str::split_ascii_whitespace);
-        Self(
-            objects
-                .map(|object| PathBuf::from(object.trim_start_matches("./")))
-                .collect(),
-        )
+    pub(crate) fn read(answer: &str, elsewhere: &Elsewhere) -> Self {
+        let mut all: HashSet<_> = objects(answer).map(PathBuf::from).collect();
+        all.extend(elsewhere.0.keys().cloned());
+        Self(all)
     }
 
     /// Whether this file is compiled to an object of its own.
@@ -78,9 +140,41 @@ mod tests {
     }
 
     #[test]
+    fn what_another_folder_builds_is_compiled_by_its_name_there() {
+        let answer = "vmpatch-objects: fs/a.o arch/x86/kvm/../../../virt/kvm/main.o a/../../b.o\n";
+        let elsewhere = Elsewhere::read(&Elsewhere::read(answer).text());
+        let (file, there) = (
+            Path::new("virt/kvm/main.c"),
+            "arch/x86/kvm/../../../virt/kvm/main.o",
+        );
+        assert_eq!(elsewhere.target(file), Path::new(there));
+        assert_eq!(elsewhere.target(Path::new("fs/a.c")), Path::new("fs/a.o"));
+        assert!(Configured::read("", &elsewhere).builds(file));
+        assert_eq!(elsewhere.0.len(), 1);
+    }
+
+    #[test]
+    fn makefiles_that_reach_out_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in [
+            ("a/Makefile", "obj-y += ../b/c.o\n"),
+            ("k/Makefile", "include $(srctree)/virt/Makefile.k\n"),
+            ("b/Makefile", "obj-y += c.o\n"),
+            ("tools/Makefile", "obj-y += ../b/c.o\n"),
+        ] {
+            let at = folder.path().join(name);
+            fs::create_dir_all(at.parent().unwrap()).unwrap();
+            fs::write(at, text).unwrap();
+        }
+        let mut found = reaching_out(folder.path()).unwrap();
+        found.sort();
+        assert_eq!(found, [PathBuf::from("a"), PathBuf::from("k")]);
+    }
+
+    #[test]
     fn objects_are_read_from_among_what_else_is_said() {
         let answer = "make: noise\nvmpatch-objects: fs/a.o ./fs/b.o  \nvmpatch-objects:\nfs/c.o\n";
-        let built = Configured::read(answer);
+        let built = Configured::read(answer, &Elsewhere::default());
         for (file, known) in [("fs/a.c", true), ("fs/b.S", true), ("fs/c.c", false)] {
             assert_eq!(built.builds(Path::new(file)), known, "{file}");
         }

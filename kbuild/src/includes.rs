@@ -199,7 +199,7 @@ fn names(text: &[u8]) -> impl Iterator<Item = (String, bool)> + '_ {
 }
 
 /// A path without `.` and `..`; `None` if it leads out of the source.
-fn normal(path: &Path) -> Option<PathBuf> {
+pub(crate) fn normal(path: &Path) -> Option<PathBuf> {
     let mut made = PathBuf::new();
     for part in path.components() {
         match part {

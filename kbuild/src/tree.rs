@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::command;
 use crate::compiler::Compiler;
 use crate::config;
-use crate::configured::{self, Configured};
+use crate::configured::{self, Configured, Elsewhere};
 use crate::error::{At, BuildError};
 use crate::includes::Includes;
 use crate::publish;
@@ -32,6 +32,8 @@ pub struct Tree {
     compiler: Compiler,
     /// Names of sources that others include, a line each: found when the tree was made, for reading a whole source takes long.
     included: PathBuf,
+    /// What the makefiles of other folders build.
+    elsewhere: Elsewhere,
     /// Held as long as the tree is: two commands in one tree would compile each other's source.
     _lock: fs::File,
 }
@@ -71,27 +73,35 @@ impl Tree {
         let lock = fs::File::create(&lock)
             .and_then(|file| file.lock().map(|()| file))
             .at(&lock)?;
-        let tree = Self {
+        let mut tree = Self {
             shadow: Shadow::before(&source, &root.join("source"))?,
             source,
             out: root.join("out"),
             included: root.join("included"),
+            elsewhere: Elsewhere::default(),
             compiler,
             _lock: lock,
         };
         let ready = root.join("ready");
-        if !ready.exists() {
+        // Whoever ran the kernel's make there by hand may have changed what was settled.
+        if !ready.exists() || tree.agrees(config).is_err() {
             step("making the source ready to be compiled (a minute or two, once)");
             tree.prepare(config)?;
             fs::write(&ready, "").at(&ready)?;
         }
-        tree.agrees(config)?;
         if !tree.included.exists() {
             step("looking which files include others");
             let includes = Includes::scan(&tree.source)?;
             let names = Vec::from_iter(includes.included_sources()).join("\n");
             publish::file(&tree.included, names.as_bytes())?;
         }
+        let elsewhere = root.join("elsewhere");
+        if !elsewhere.exists() {
+            step("looking which folders build files of others");
+            publish::file(&elsewhere, tree.find_elsewhere()?.text().as_bytes())?;
+        }
+        let text = fs::read_to_string(&elsewhere).at(&elsewhere)?;
+        tree.elsewhere = Elsewhere::read(&text);
         Ok(tree)
     }
 
@@ -133,8 +143,8 @@ impl Tree {
                 fs::remove_file(&made).at(&made)?;
             }
         }
-        let names = objects.iter().map(|object| object.to_string_lossy());
-        let targets: Vec<_> = names.collect();
+        let targets = files.iter().map(|file| self.elsewhere.target(file));
+        let targets: Vec<_> = targets.map(|it| it.display().to_string()).collect();
         let targets: Vec<&str> = [FLAGS]
             .into_iter()
             .chain(targets.iter().map(AsRef::as_ref))
@@ -159,13 +169,25 @@ impl Tree {
         Ok(names.lines().any(|line| name == line))
     }
 
+    /// Which files the makefiles of other folders build.
+    fn find_elsewhere(&self) -> Result<Elsewhere, BuildError> {
+        let folders = configured::reaching_out(&self.source)?.into_iter();
+        let within = folders.map(|folder| folder.join("any.c"));
+        Ok(Elsewhere::read(&self.ask(&within.collect::<Vec<_>>())?))
+    }
+
     /// Which of these files the configuration builds.
     pub(crate) fn configured(&self, files: &[PathBuf]) -> Result<Configured, BuildError> {
+        Ok(Configured::read(&self.ask(files)?, &self.elsewhere))
+    }
+
+    /// What the kernel's makefiles say of the folders of these files.
+    fn ask(&self, files: &[PathBuf]) -> Result<String, BuildError> {
         let question = self.out.join("vmpatch.mk");
         fs::write(&question, configured::question(files)).at(&question)?;
         let read = format!("--eval=include {}", question.display());
         let answer = self.make(&[&read, configured::GOAL])?;
-        Ok(Configured::read(&String::from_utf8_lossy(&answer)))
+        Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
     /// What the kernel's own build says, or why it failed.

@@ -116,3 +116,13 @@ fn a_source_that_another_includes_changes_both() {
         .collect();
     assert_eq!(files, ["fs/binfmt_elf.c", "fs/compat_binfmt_elf.c"]);
 }
+
+#[test]
+fn what_the_makefile_of_another_folder_builds_is_compiled() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let file = ["virt/kvm/binary_stats.c".into()];
+    let made = kernel.tree().compile(&file).unwrap();
+    assert_eq!(made[0].module.as_deref(), Some("kvm"));
+}
