@@ -78,18 +78,22 @@ fn entry(
 ) -> Result<(), EntryError> {
     let bytes = |range: &GvaRange| view.bytes(range.start, range.size() as usize).unwrap();
     let running = bytes(&located.range);
+    let padding = located.range.start.wrapping_sub(entry::PADDING as u64);
+    let before = view.bytes(padding, entry::PADDING).unwrap_or_default();
     let parts: Vec<_> = located.parts.iter().map(bytes).collect();
     let bodies: Vec<_> = (function.parts.iter().zip(&located.parts).zip(&parts))
         .map(|((part, range), running)| Body {
             code: &part.code,
             at: range.start,
             running,
+            before: &[],
         })
         .collect();
     let main = Body {
         code: &function.code,
         at: located.range.start,
         running: &running,
+        before: &before,
     };
     entry::choose(main, &bodies).map(|_| ())
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use vmpatch_introspect::target::StopReport;
 use vmpatch_introspect::{Gva, GvaRange};
-use vmpatch_patcher::arena::PatchRecord;
+use vmpatch_patcher::arena::{PatchRecord, SiteRole};
 use vmpatch_patcher::quiescence::Examined;
 use vmpatch_patcher::verify::FunctionReport;
 
@@ -219,7 +219,10 @@ fn functions(record: &PatchRecord, verified: &[FunctionReport]) -> Vec<Function>
             .find(of_function)
             .map(|busy| busy.range)
     };
-    let sites = record.sites.iter();
+    let sites = record
+        .sites
+        .iter()
+        .filter(|site| site.role == SiteRole::Entry);
     sites
         .map(|site| Function {
             name: site.function.clone(),

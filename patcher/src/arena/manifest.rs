@@ -62,12 +62,24 @@ pub struct Extent {
 pub struct SiteRecord {
     /// The function, for messages.
     pub function: String,
+    /// What stands there.
+    pub role: SiteRole,
     /// Where.
     pub at: Gva,
     /// The same place in guest-physical memory, page by page: `old` and `new` cut where a page ends.
     pub edits: Vec<Edit>,
     /// Whole instructions that the change covers.
     pub covered: GvaRange,
+}
+
+/// What a place that a patch changes is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SiteRole {
+    /// The jump that is met when the function is entered.
+    Entry,
+    /// The long jump in the padding before a function whose entry has room for a short one only.
+    Padding,
 }
 
 /// Code that must stand on no stack and under no instruction pointer while a patch is applied or rolled

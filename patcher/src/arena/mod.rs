@@ -28,7 +28,9 @@ use vmpatch_introspect::Gpa;
 use vmpatch_introspect::target::Edit;
 
 pub use claim::ModuleClaim;
-pub use manifest::{BusyKind, BusyRange, Extent, Manifest, PatchRecord, PatchState, SiteRecord};
+pub use manifest::{
+    BusyKind, BusyRange, Extent, Manifest, PatchRecord, PatchState, SiteRecord, SiteRole,
+};
 pub use state::{Arena, ArenaError, Arrival};
 
 /// Edits that map the arena window: only ever from not-present to present, and never reversed, so that
@@ -155,6 +157,7 @@ mod tests {
             modules: Vec::new(),
             sites: vec![SiteRecord {
                 function: "f".into(),
+                role: SiteRole::Entry,
                 at: Gva(0x1005),
                 edits: vec![Edit {
                     at: Gpa(5),

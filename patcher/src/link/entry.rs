@@ -1,6 +1,8 @@
-//! Where the jump to the new function goes. Only at the entry is the state what the new function expects,
-//! so there are three places: after ftrace's five bytes, over them, or at the first byte of a function that
-//! ftrace does not know.
+//! Where the jump to the new function goes. Only at the entry is the state what the new function expects: after ftrace's five
+//! bytes, or at the first byte of a function that ftrace does not know. Where something that the kernel rewrites leaves no room
+//! for five bytes there, a short jump of two leads back to a long one in the padding before the function, which kernels
+//! have that can track the depth of calls and do not (Linux v6.12 arch/x86/Kconfig, CALL_PADDING). Never over ftrace's
+//! bytes: its own records would have to change with them.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
 use vmpatch_introspect::{Gva, GvaRange};
@@ -9,6 +11,10 @@ use crate::patch::{Code, Site, SiteKind};
 
 /// Length of the jump.
 pub const JUMP: u64 = 5;
+/// Length of a jump that reaches 128 bytes.
+pub const SHORT_JUMP: u64 = 2;
+/// Bytes before a function that may be padding.
+pub const PADDING: usize = 16;
 
 /// The place chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +23,8 @@ pub struct Entry {
     pub at: Gva,
     /// Whole instructions it covers.
     pub covered: GvaRange,
+    /// Where the long jump lies that it leads to, if it is a short one.
+    pub by: Option<Gva>,
 }
 
 /// Why a function cannot be entered by a jump.
@@ -53,14 +61,25 @@ pub enum EntryError {
         /// Where.
         offset: u64,
     },
-    /// The only place left is ftrace's, and ftrace's own records would have to be changed with it.
-    #[error("{why}, and over ftrace's own bytes no jump is placed: {ftrace}")]
-    OverFtrace {
-        /// Why the place after them is not good.
+    /// There is room for a short jump only, or not even for that, and no padding for the long one.
+    #[error("{why}, and {short}")]
+    NoRoom {
+        /// Why a long jump has no place.
         why: Box<EntryError>,
-        /// Why theirs is not.
-        ftrace: &'static str,
+        /// Why a short one has none.
+        short: ShortError,
     },
+}
+
+/// Why a function cannot be entered by a short jump either.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShortError {
+    /// No room for two bytes.
+    #[error("no short jump fits: {0}")]
+    Place(Box<EntryError>),
+    /// What stands before the function is no padding, or in use.
+    #[error("before the function is no padding that a long jump could take")]
+    NoPadding,
 }
 
 /// A function that runs, with the object's view of it.
@@ -72,6 +91,8 @@ pub struct Body<'a> {
     pub at: Gva,
     /// The bytes that run.
     pub running: &'a [u8],
+    /// What stands before it, up to [`PADDING`] bytes.
+    pub before: &'a [u8],
 }
 
 /// Chooses the place. `parts` are split-off parts of the same function, for their branches back.
@@ -79,15 +100,34 @@ pub struct Body<'a> {
 /// # Errors
 /// [`EntryError`].
 pub fn choose(function: Body<'_>, parts: &[Body<'_>]) -> Result<Entry, EntryError> {
-    let Some(fentry) = fentry(function) else {
-        return place(function, parts, landing_mark(function.running));
+    let start = match fentry(function) {
+        Some(fentry) => fentry.offset + u64::from(fentry.len),
+        None => landing_mark(function.running),
     };
-    place(function, parts, fentry.offset + u64::from(fentry.len)).map_err(|why| {
-        EntryError::OverFtrace {
-            why: Box::new(why),
-            ftrace: "the guest's record of that site cannot be shown to be unused",
-        }
+    place(function, parts, start, JUMP).or_else(|why| {
+        short(function, parts, start).map_err(|short| match short {
+            ShortError::Place(same) if *same == why => why,
+            short => EntryError::NoRoom {
+                why: Box::new(why),
+                short,
+            },
+        })
     })
+}
+
+/// A short jump at `start` that leads to the last bytes of the padding.
+fn short(function: Body<'_>, parts: &[Body<'_>], start: u64) -> Result<Entry, ShortError> {
+    let entry = place(function, parts, start, SHORT_JUMP)
+        .map_err(|why| ShortError::Place(Box::new(why)))?;
+    let unused = function.before.len() == PADDING && function.before.iter().all(|it| *it == 0x90);
+    let by = function.at.wrapping_sub(JUMP);
+    match unused {
+        true => Ok(Entry {
+            by: Some(by),
+            ..entry
+        }),
+        false => Err(ShortError::NoPadding),
+    }
 }
 
 /// The call to ftrace at the head of a function, if it has one.
@@ -105,41 +145,49 @@ pub(super) fn landing_mark(running: &[u8]) -> u64 {
     if marked { 4 } else { 0 }
 }
 
-/// The place at `start`, an offset in the function.
+/// The place for a jump of `len` bytes at `start`, an offset in the function.
 pub(super) fn place(
     function: Body<'_>,
     parts: &[Body<'_>],
     start: u64,
+    len: u64,
 ) -> Result<Entry, EntryError> {
     let length = function.running.len() as u64;
-    let end = start + JUMP;
+    let end = start + len;
     if end > length {
         return Err(EntryError::TooShort {
             have: length.saturating_sub(start),
         });
     }
-    no_site_there(&function.code.sites, start, end)?;
+    no_site_there(function, start, end)?;
     let at = function.at.wrapping_add(start);
     let middle = GvaRange {
         start: at.wrapping_add(1),
-        end: at.wrapping_add(JUMP),
+        end: at.wrapping_add(len),
     };
     let covered = covered(function, start, end)?;
     for body in std::iter::once(&function).chain(parts) {
         no_branch_into(*body, middle)?;
     }
-    Ok(Entry { at, covered })
+    Ok(Entry {
+        at,
+        covered,
+        by: None,
+    })
 }
 
 /// No place that the kernel rewrites while it runs. Returns, retpolines, constants and landing marks are
-/// written at boot and never again.
-fn no_site_there(sites: &[Site], start: u64, end: u64) -> Result<(), EntryError> {
-    for site in sites {
+/// written at boot and never again; so are lock prefixes, but for those that a kernel took out because it booted with one CPU
+/// (Linux v6.12 arch/x86/kernel/alternative.c, `alternatives_enable_smp`).
+fn no_site_there(function: Body<'_>, start: u64, end: u64) -> Result<(), EntryError> {
+    for site in &function.code.sites {
+        let running = function.running.get(site.offset as usize);
         let what = match site.kind {
             SiteKind::JumpLabel { .. } => "static-key branch",
             SiteKind::StaticCall => "static call",
             SiteKind::Alternative { .. } => "alternative",
             SiteKind::Paravirt { .. } => "paravirt call",
+            SiteKind::LockPrefix if running == Some(&0xf0) => continue,
             SiteKind::LockPrefix => "lock prefix",
             SiteKind::Fentry => "call to ftrace",
             SiteKind::Return
@@ -240,6 +288,7 @@ mod tests {
                 code,
                 at: AT,
                 running: &code.bytes,
+                before: &[0x90; PADDING],
             },
             &[],
         )
@@ -289,23 +338,25 @@ mod tests {
             code: &function,
             at: AT,
             running: &function.bytes,
+            before: &[],
         };
         // From AT + 14 to AT + 2.
         let part = Body {
             code: &cold,
             at: AT.wrapping_add(14),
             running: &cold.bytes,
+            before: &[],
         };
         let entry = choose(main, &[part]);
         assert!(
-            matches!(entry, Err(EntryError::BranchTarget { .. })),
+            matches!(&entry, Err(EntryError::NoRoom { why, .. }) if matches!(**why, EntryError::BranchTarget { .. })),
             "{entry:?}"
         );
     }
 
-    #[test]
-    fn places_that_change_while_the_kernel_runs_are_never_covered() {
-        let body = [&NOP5[..], &[0x66, 0x90], &PLAIN].concat();
+    /// A nop of ftrace and, after `first`, a static-key branch.
+    fn branching(first: &[u8]) -> Code {
+        let body = [&NOP5[..], first, &[0x66, 0x90], &PLAIN].concat();
         let reference = crate::patch::Reference {
             symbol: 0,
             addend: 0,
@@ -315,12 +366,65 @@ mod tests {
             target: reference,
             inverted: false,
         };
-        let sites = vec![site(0, 5, SiteKind::Fentry), site(5, 2, label)];
-        let entry = chosen(&code(&body, sites));
-        assert!(
-            matches!(entry, Err(EntryError::OverFtrace { .. })),
-            "{entry:?}"
-        );
+        let at = 5 + first.len() as u64;
+        code(
+            &body,
+            vec![site(0, 5, SiteKind::Fentry), site(at, 2, label)],
+        )
+    }
+
+    #[test]
+    fn places_that_change_while_the_kernel_runs_are_never_covered() {
+        // Nothing, or `push rbp`, before the branch: no room even for a short jump.
+        for first in [&[][..], &[0x55]] {
+            let entry = chosen(&branching(first));
+            assert!(
+                matches!(entry, Err(EntryError::Rewritten { .. })),
+                "{entry:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_lock_prefix_is_covered_if_it_is_there_and_not_if_it_may_come_back() {
+        // lock inc dword [rdi]; ret; nops
+        let with = |prefix| {
+            let body = [prefix, 0xff, 0x07, 0xc3, 0x90, 0x90];
+            chosen(&code(&body, vec![site(0, 1, SiteKind::LockPrefix)]))
+        };
+        assert_eq!(with(0xf0).unwrap().at, AT);
+        assert!(matches!(with(0x3e), Err(EntryError::Rewritten { .. })));
+    }
+
+    #[test]
+    fn where_a_long_jump_has_no_place_a_short_one_leads_to_the_padding() {
+        // push rbp; push rbx
+        let code = branching(&[0x55, 0x53]);
+        let entry = chosen(&code).unwrap();
+        assert_eq!(entry.at, AT.wrapping_add(5));
+        assert_eq!(entry.covered.end, AT.wrapping_add(7));
+        assert_eq!(entry.by, Some(AT.wrapping_sub(5)));
+        let body = |before| Body {
+            code: &code,
+            at: AT,
+            running: &code.bytes,
+            before,
+        };
+        let mut used = [0x90; PADDING];
+        used[3] = 0xe8;
+        for before in [&used[..], &[0x90; 3], &[]] {
+            let entry = choose(body(before), &[]);
+            assert!(
+                matches!(
+                    entry,
+                    Err(EntryError::NoRoom {
+                        short: ShortError::NoPadding,
+                        ..
+                    })
+                ),
+                "{entry:?}"
+            );
+        }
     }
 
     #[test]

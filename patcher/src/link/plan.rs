@@ -20,7 +20,9 @@ use super::tracing::{self, TracingError};
 use super::traps;
 use crate::arena::fixed::Fixtures;
 use crate::arena::window::{self, WindowError};
-use crate::arena::{Arena, ArenaError, BusyKind, BusyRange, ModuleClaim, PatchRecord, SiteRecord};
+use crate::arena::{
+    Arena, ArenaError, BusyKind, BusyRange, ModuleClaim, PatchRecord, SiteRecord, SiteRole,
+};
 use crate::patch::file::PatchFile;
 use crate::patch::{Patch, Replacement, SectionKind};
 use crate::verify::locate::{LocateError, Located, Wanted};
@@ -328,6 +330,12 @@ impl Linker<'_> {
         let running = self
             .beneath
             .bytes(found.range.start, wanted.old.bytes.len())?;
+        // No function is the first of its text, so there is something before it; what cannot be read is no padding.
+        let padding = found.range.start.wrapping_sub(entry::PADDING as u64);
+        let before = self
+            .beneath
+            .bytes(padding, entry::PADDING)
+            .unwrap_or_default();
         let parts = wanted.old_parts.iter().zip(&found.parts);
         let parts: Vec<_> = parts
             .map(|(part, range)| {
@@ -341,12 +349,14 @@ impl Linker<'_> {
                 code,
                 at: *at,
                 running,
+                before: &[],
             })
             .collect();
         let main = Body {
             code: &wanted.old,
             at: found.range.start,
             running: &running,
+            before: &before,
         };
         if let Some(fentry) = entry::fentry(main) {
             let site = main.at.wrapping_add(fentry.offset);
@@ -482,15 +492,45 @@ impl Linker<'_> {
         let functions = self.patch.replaced.iter().zip(entries).zip(new);
         functions
             .map(|((wanted, entry), new)| {
-                let jump = relocate::branch(0xe9, entry.at, new.start)?;
-                Ok(SiteRecord {
-                    function: wanted.name.clone(),
-                    at: entry.at,
-                    edits: edits(self.guest, entry.at, &jump)?,
-                    covered: entry.covered,
-                })
+                let jump = match entry.by {
+                    Some(by) => relocate::short_jump(entry.at, by)?.to_vec(),
+                    None => relocate::branch(0xe9, entry.at, new.start)?.to_vec(),
+                };
+                self.site(wanted, SiteRole::Entry, (entry.at, entry.covered), &jump)
             })
+            .chain(self.long_jumps(entries, new))
             .collect()
+    }
+
+    /// The jumps in the padding that short ones lead to.
+    fn long_jumps<'s>(
+        &'s self,
+        entries: &'s [Entry],
+        new: &'s [GvaRange],
+    ) -> impl Iterator<Item = Result<SiteRecord, LinkError>> + 's {
+        let functions = self.patch.replaced.iter().zip(entries).zip(new);
+        functions.filter_map(|((wanted, entry), new)| {
+            let by = entry.by?;
+            let site = relocate::branch(0xe9, by, new.start).map_err(LinkError::from);
+            let covered = sized(by, entry::JUMP);
+            Some(site.and_then(|jump| self.site(wanted, SiteRole::Padding, (by, covered), &jump)))
+        })
+    }
+
+    fn site(
+        &self,
+        wanted: &Replacement,
+        role: SiteRole,
+        (at, covered): (Gva, GvaRange),
+        jump: &[u8],
+    ) -> Result<SiteRecord, LinkError> {
+        Ok(SiteRecord {
+            function: wanted.name.clone(),
+            role,
+            at,
+            edits: edits(self.guest, at, jump)?,
+            covered,
+        })
     }
 }
 

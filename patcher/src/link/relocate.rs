@@ -90,6 +90,20 @@ pub fn branch(opcode: u8, at: Gva, to: Gva) -> Result<[u8; 5], OutOfReach> {
     Ok(bytes)
 }
 
+/// A two-byte jump at `at`.
+///
+/// # Errors
+/// [`OutOfReach`]: more than 127 bytes on or 128 back.
+pub fn short_jump(at: Gva, to: Gva) -> Result<[u8; 2], OutOfReach> {
+    let distance = to.0.wrapping_sub(at.0).wrapping_sub(2).cast_signed();
+    let distance = i8::try_from(distance).map_err(|_| OutOfReach {
+        field: at.wrapping_add(1),
+        target: to,
+        kind: RelocationKind::Relative32,
+    })?;
+    Ok([0xeb, distance.cast_unsigned()])
+}
+
 #[cfg(test)]
 mod tests {
     use iced_x86::{Decoder, DecoderOptions};

@@ -177,6 +177,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::arena::SiteRole;
 
     fn busy(start: u64, end: u64, function: &str) -> BusyRange {
         BusyRange {
@@ -192,6 +193,7 @@ mod tests {
     fn site(start: u64, end: u64) -> SiteRecord {
         SiteRecord {
             function: "f".to_owned(),
+            role: SiteRole::Entry,
             at: Gva(start),
             edits: Vec::new(),
             covered: GvaRange {

@@ -6,7 +6,7 @@ use vmpatch_introspect::{Gva, PhysicalMemory};
 
 use super::known::{Known, KnownPatch, Source, State};
 use super::settle::{Interrupted, Verdict};
-use crate::arena::{Manifest, SiteRecord};
+use crate::arena::{Manifest, SiteRecord, SiteRole};
 use crate::journal::{Ending, Entry, Operation};
 
 /// More patches than one boot has arena pages; the manifest that an earlier one left may claim anything.
@@ -188,6 +188,7 @@ fn report(
         functions: record
             .sites
             .iter()
+            .filter(|site| site.role == SiteRole::Entry)
             .map(|site| site.function.clone())
             .collect(),
         above: known.above(patch).into_iter().map(str::to_owned).collect(),

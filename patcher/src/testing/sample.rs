@@ -6,7 +6,8 @@ use vmpatch_introspect::{Gpa, GpaRange, Gva, GvaRange, PhysicalMemory, Target};
 
 use super::machine::{Machine, SLOT, SLOT_SIZE};
 use crate::arena::{
-    ArenaWrite, BusyKind, BusyRange, Extent, Manifest, PatchRecord, SiteRecord, codec, window,
+    ArenaWrite, BusyKind, BusyRange, Extent, Manifest, PatchRecord, SiteRecord, SiteRole, codec,
+    window,
 };
 use crate::patch::SectionKind;
 use crate::verify::Verified;
@@ -131,6 +132,7 @@ fn site(machine: &Machine, function: &str, entry: Gva, to: Gva) -> SiteRecord {
     new.extend(distance.to_le_bytes());
     SiteRecord {
         function: function.to_owned(),
+        role: SiteRole::Entry,
         at,
         edits: vec![Edit {
             at: physical,

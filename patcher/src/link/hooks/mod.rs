@@ -21,7 +21,7 @@ use super::region::{self, RegionError};
 use super::relocate::{OutOfReach, branch};
 use super::tracing::TracingError;
 use crate::arena::fixed::{STUB, Table};
-use crate::arena::{Arena, SiteRecord};
+use crate::arena::{Arena, SiteRecord, SiteRole};
 use crate::patch::VMLINUX;
 
 /// Why a hook cannot be placed.
@@ -133,6 +133,7 @@ impl Chooser<'_> {
         let jump = branch(0xe9, site.covered.start, table.stub())?;
         hooks.sites.push(SiteRecord {
             function: function(table).to_owned(),
+            role: SiteRole::Entry,
             at: site.covered.start,
             edits: edits(self.guest, site.covered.start, &jump)?,
             covered: site.covered,

@@ -106,12 +106,13 @@ fn movable(
         code: &code,
         at,
         running,
+        before: &[],
     };
     let parts: Vec<_> = cold
         .iter()
         .map(|(at, running)| body(*at, running))
         .collect();
-    let covered = entry::place(body(at, running), &parts, start)?.covered;
+    let covered = entry::place(body(at, running), &parts, start, entry::JUMP)?.covered;
     let from = (covered.start.0 - at.0) as usize;
     let displaced = running.get(from..from + covered.size() as usize);
     let displaced = displaced.unwrap_or_default().to_vec();
