@@ -21,6 +21,8 @@ pub(crate) struct Affected {
     changed: BTreeSet<PathBuf>,
     /// Not changed, but may include what is.
     pub(crate) includers: BTreeSet<PathBuf>,
+    /// Folders of all that stands between a changed header and what is compiled.
+    pub(crate) folders: BTreeSet<PathBuf>,
     /// What makes no difference.
     pub(crate) left_out: Vec<LeftOut>,
 }
@@ -84,15 +86,20 @@ fn add_includers(
     most: usize,
     affected: &mut Affected,
 ) -> Result<(), BuildError> {
-    let (apart, sources): (Vec<_>, Vec<_>) = includes
-        .sources(&file)
-        .into_iter()
-        .partition(|source| Part::of(source) == Part::Apart);
+    let includers = includes.all_includers(&file);
+    let of_part = |part| {
+        includers
+            .iter()
+            .filter(move |it| Part::of(it) == part)
+            .cloned()
+    };
+    let (apart, sources) = (of_part(Part::Apart), of_part(Part::Source));
+    let sources: Vec<_> = sources.collect();
     enough(&file, &sources, most.saturating_mul(ASKED), most)?;
     let built = tree.configured(&sources)?;
     let sources = sources.into_iter().filter(|source| built.builds(source));
     let sources: Vec<_> = sources.collect();
-    for source in apart {
+    for source in apart.filter(|it| it.extension().is_some_and(|ending| ending != "h")) {
         affected.leave_out(source, Why::Apart);
     }
     if sources.is_empty() && affected.changed.contains(&file) {
@@ -112,7 +119,10 @@ fn add_includers(
         }
     }
     let all: Vec<_> = affected.includers.iter().cloned().collect();
-    enough(&file, &all, most, most)
+    enough(&file, &all, most, most)?;
+    let folders = includers.iter().filter_map(|it| it.parent());
+    affected.folders.extend(folders.map(Path::to_owned));
+    Ok(())
 }
 
 /// Refuses more than `limit` files that include one.

@@ -5,7 +5,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use memchr::memmem;
 
@@ -91,6 +91,15 @@ impl Elsewhere {
         format!("{OBJECTS} {}\n", Vec::from_iter(names).join(" "))
     }
 
+    /// The folders whose makefiles name them.
+    pub(crate) fn folders(&self) -> BTreeSet<PathBuf> {
+        let down = |part: &Component<'_>| matches!(part, Component::Normal(_));
+        let names = self.0.values();
+        names
+            .map(|name| name.components().take_while(down).collect())
+            .collect()
+    }
+
     /// By which name a file is compiled.
     pub(crate) fn target(&self, file: &Path) -> PathBuf {
         let object = file.with_extension("o");
@@ -150,6 +159,10 @@ mod tests {
         assert_eq!(elsewhere.target(file), Path::new(there));
         assert_eq!(elsewhere.target(Path::new("fs/a.c")), Path::new("fs/a.o"));
         assert!(Configured::read("", &elsewhere).builds(file));
+        assert_eq!(
+            Vec::from_iter(elsewhere.folders()),
+            [Path::new("arch/x86/kvm")]
+        );
         assert_eq!(elsewhere.0.len(), 1);
     }
 

@@ -111,6 +111,9 @@ impl Tree {
             "compiling without the change: {} files",
             files.len()
         ));
+        for folder in &affected.folders {
+            self.shadow.unfold(folder)?;
+        }
         let old = self.compile(&files)?;
         let made = self.changed(diff, &affected, &old, step);
         self.shadow.restore()?;

@@ -76,13 +76,13 @@ impl Includes {
         Ok(made)
     }
 
-    /// The files that are compiled and may include this one, directly or not, sorted; without itself.
-    pub(crate) fn sources(&self, file: &Path) -> BTreeSet<PathBuf> {
+    /// The files that may include this one, directly or not, sorted; without itself.
+    pub(crate) fn all_includers(&self, file: &Path) -> BTreeSet<PathBuf> {
         let mut seen: HashSet<&Path> = HashSet::from([file]);
         let mut next = vec![file];
         while let Some(file) = next.pop() {
             if FORCED.iter().any(|forced| file == Path::new(forced)) {
-                return self.all_sources();
+                return self.files.iter().cloned().collect();
             }
             for by in self.includers(file) {
                 if seen.insert(by) {
@@ -91,8 +91,7 @@ impl Includes {
             }
         }
         seen.remove(file);
-        let sources = seen.into_iter().filter(|file| is_source(file));
-        sources.map(Path::to_owned).collect()
+        seen.into_iter().map(Path::to_owned).collect()
     }
 
     /// The last parts of the names of all that is included though it looks like a file that is compiled.
@@ -101,11 +100,6 @@ impl Includes {
         names
             .filter(|name| name.ends_with(".c") || name.ends_with(".S"))
             .collect()
-    }
-
-    fn all_sources(&self) -> BTreeSet<PathBuf> {
-        let sources = self.files.iter().filter(|file| is_source(file));
-        sources.cloned().collect()
     }
 
     /// The files with a line that may lead to this one.
@@ -140,10 +134,6 @@ impl Includes {
             .filter(|part| matches!(part, Component::Normal(_)));
         file.ends_with(parts.collect::<PathBuf>())
     }
-}
-
-fn is_source(file: &Path) -> bool {
-    Part::of(file) == Part::Source
 }
 
 /// Lists the files of a folder and those below that may be part of a kernel, relative to the source.
@@ -227,8 +217,9 @@ mod tests {
     }
 
     fn sources(includes: &Includes, file: &str) -> Vec<String> {
-        let found = includes.sources(Path::new(file));
-        found.iter().map(|it| it.display().to_string()).collect()
+        let found = includes.all_includers(Path::new(file)).into_iter();
+        let sources = found.filter(|it| Part::of(it) == Part::Source);
+        sources.map(|it| it.display().to_string()).collect()
     }
 
     #[test]

@@ -64,6 +64,15 @@ impl Shadow {
         self.source.join(file)
     }
 
+    /// Makes a folder one of links to single files: a way up from it (`../`) then stays here, where a link to a whole folder
+    /// leads into the source itself, past what is changed.
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn unfold(&self, folder: &Path) -> Result<(), BuildError> {
+        self.own_folder(folder)
+    }
+
     /// Makes files of the source such that can be changed: copies, as they are in the source now. [`Self::restore`] takes
     /// back what is then done to them.
     ///
@@ -223,6 +232,18 @@ mod tests {
         shadow.restore().unwrap();
         assert_eq!(read(&root, "fs/proc/a.c").as_deref(), Some("as it was"));
         assert!(shadow.change(&["fs/none.c".into()]).is_err());
+    }
+
+    #[test]
+    fn a_way_up_from_an_unfolded_folder_leads_to_what_is_changed() {
+        let (_folder, source, root) = source();
+        let shadow = Shadow::before(&source, &root).unwrap();
+        shadow.change(&["fs/b.c".into()]).unwrap();
+        fs::write(root.join("fs/b.c"), "changed").unwrap();
+        let way_up = "fs/proc/../b.c";
+        assert_eq!(read(&root, way_up).as_deref(), Some("as it was"));
+        shadow.unfold(Path::new("fs/proc")).unwrap();
+        assert_eq!(read(&root, way_up).as_deref(), Some("changed"));
     }
 
     #[test]

@@ -102,6 +102,9 @@ impl Tree {
         }
         let text = fs::read_to_string(&elsewhere).at(&elsewhere)?;
         tree.elsewhere = Elsewhere::read(&text);
+        for folder in tree.elsewhere.folders() {
+            tree.shadow.unfold(&folder)?;
+        }
         Ok(tree)
     }
 
@@ -137,6 +140,8 @@ impl Tree {
     pub fn compile(&self, files: &[PathBuf]) -> Result<Vec<Compiled>, BuildError> {
         let objects: Vec<_> = files.iter().map(|file| file.with_extension("o")).collect();
         for object in &objects {
+            self.shadow
+                .unfold(object.parent().unwrap_or(Path::new("")))?;
             let made = self.out.join(object);
             // A time stamp says nothing after a change was taken back.
             if made.exists() {

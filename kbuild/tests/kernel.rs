@@ -117,12 +117,20 @@ fn a_source_that_another_includes_changes_both() {
     assert_eq!(files, ["fs/binfmt_elf.c", "fs/compat_binfmt_elf.c"]);
 }
 
+/// By a way up, which a link to a whole folder would lead into the unchanged source.
 #[test]
-fn what_the_makefile_of_another_folder_builds_is_compiled() {
+fn what_the_makefile_of_another_folder_builds_is_compiled_as_changed() {
     let Some(kernel) = Kernel::given() else {
         return;
     };
-    let file = ["virt/kvm/binary_stats.c".into()];
-    let made = kernel.tree().compile(&file).unwrap();
-    assert_eq!(made[0].module.as_deref(), Some("kvm"));
+    let text = fs::read_to_string(kernel.source.join("virt/kvm/binary_stats.c")).unwrap();
+    let line = "\tssize_t len;\n";
+    let (before, _) = text.split_once(line).unwrap();
+    let number = before.lines().count() + 1;
+    let head = "--- a/virt/kvm/binary_stats.c\n+++ b/virt/kvm/binary_stats.c\n";
+    let hunk = format!("@@ -{number} +{number} @@\n-{line}+\tvolatile ssize_t len;\n");
+    let diff = Diff::parse(format!("{head}{hunk}").as_bytes()).unwrap();
+    let built = kernel.tree().compile_both(&diff, 0, &|_| {}).unwrap();
+    assert_eq!(built.pairs[0].module.as_deref(), Some("kvm"));
+    assert!(code(&built.pairs[0].old) != code(&built.pairs[0].new));
 }
