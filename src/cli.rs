@@ -60,11 +60,13 @@ pub(crate) enum Verb {
     Build(Box<Build>),
     /// Go through every gate of an apply, and write nothing.
     Check(Change),
-    /// Put a patch into the running kernel.
-    Apply(Change),
+    /// Put a patch into the running kernel; one for a module that is not loaded is held until `reconcile`.
+    Apply(Apply),
+    /// Put in the patches that were held for a module which is loaded now.
+    Reconcile(Reconcile),
     /// Tell which patches a VM has, and whether its memory agrees.
     Status(OneVm),
-    /// Take a patch out again.
+    /// Take a patch out again, or let go of one that is held.
     Rollback(Rollback),
 }
 
@@ -252,6 +254,27 @@ pub(crate) struct Change {
     /// The patch file.
     pub(crate) patch: PathBuf,
     /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+/// `vmpatch apply`.
+#[derive(Args, Debug)]
+pub(crate) struct Apply {
+    #[command(flatten)]
+    pub(crate) change: Change,
+    /// Refuse a patch for a module that is not loaded, rather than hold it.
+    #[arg(long)]
+    pub(crate) strict: bool,
+}
+
+/// `vmpatch reconcile`.
+#[derive(Args, Debug)]
+pub(crate) struct Reconcile {
+    /// The VM.
+    #[command(flatten)]
+    pub(crate) vm: OneVm,
+    /// How long to retry each patch while a task stands in the code, such as 500ms, 10s or 2m.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub(crate) timeout: Duration,
 }

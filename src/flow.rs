@@ -26,6 +26,7 @@ use vmpatch_patcher::status::Ledger;
 use vmpatch_patcher::verify::{FunctionReport, Verified, verify};
 
 use crate::exit::Failure;
+use crate::held::Held;
 use crate::live::{Live, Tables};
 
 /// A change made to a guest.
@@ -91,6 +92,32 @@ pub(crate) fn check(
         verified,
         attempted,
     })
+}
+
+/// Patches that wait for a module of this VM.
+pub(crate) fn held(id: &str) -> Result<Held, Failure> {
+    crate::live::held(id)
+}
+
+/// The modules that a patch changes and that are not loaded. Those that are just coming or going count as loaded: it is for
+/// linking to say what is wrong with them.
+pub(crate) fn absent_modules(
+    id: &str,
+    patch: &Path,
+    watch: &dyn Observer,
+) -> Result<Vec<String>, Failure> {
+    let parsed = open(patch, watch)?;
+    let wanted = parsed.patch().modules();
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let loaded = attach(id, watch)?.modules()?;
+    let is_absent = |name: &&str| !loaded.iter().any(|module| module.name == *name);
+    Ok(wanted
+        .into_iter()
+        .filter(is_absent)
+        .map(str::to_owned)
+        .collect())
 }
 
 /// What has to be rolled back for a patch, the patch itself the last.

@@ -12,6 +12,7 @@ use vmpatch_patcher::quiescence::{self, BusyRanges, LiveKernel};
 use vmpatch_vmm::client::{self, KvmTarget};
 
 use crate::exit::Failure;
+use crate::held::Held;
 
 /// How often a stop is tried, and how long the guest runs in between.
 const STOP_TRIES: u32 = 20;
@@ -29,6 +30,11 @@ pub(crate) fn connect(id: &str) -> Result<KvmTarget, Failure> {
 /// The folder of a running VM.
 fn folder(id: &str) -> Result<PathBuf, Failure> {
     Ok(client::folder(id)?)
+}
+
+/// Patches that wait for a module of a running VM.
+pub(crate) fn held(id: &str) -> Result<Held, Failure> {
+    Ok(Held::of(&folder(id)?))
 }
 
 /// Registers of every vCPU, by a stop as short as can be.
@@ -108,6 +114,11 @@ impl Live {
     /// Where the code of loaded modules lies. The guest may be changing its list just now: then once more, a few times.
     pub(crate) fn places(&self) -> Result<Vec<ModulePlace>, AttachError> {
         patiently(|| self.kernel.module_places(&self.vm, &as_in_a_stop()))
+    }
+
+    /// Patches that wait for a module of this VM.
+    pub(crate) fn held(&self) -> Held {
+        Held::of(&self.folder)
     }
 
     /// Where this host keeps its journal of the VM. It outlives the VM's process; a later

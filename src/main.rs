@@ -5,6 +5,7 @@ mod cli;
 mod detach;
 mod exit;
 mod flow;
+mod held;
 mod live;
 mod report;
 mod verbs;

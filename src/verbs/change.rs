@@ -7,10 +7,11 @@ use serde_json::{Map, Value};
 use vmpatch_introspect::target::StopReport;
 use vmpatch_introspect::{Gva, GvaRange};
 use vmpatch_patcher::arena::{PatchRecord, SiteRole};
+use vmpatch_patcher::patch::{self, file::PatchFile};
 use vmpatch_patcher::quiescence::Examined;
 use vmpatch_patcher::verify::FunctionReport;
 
-use crate::cli::{Change, Rollback};
+use crate::cli::{Apply, Change, Rollback};
 use crate::exit::Failure;
 use crate::flow;
 use crate::report::{Output, table};
@@ -32,6 +33,24 @@ struct Answer {
     stacks: usize,
     scanned_stacks: usize,
     phases_us: Map<String, Value>,
+}
+
+/// A patch that waits for modules.
+#[derive(Serialize)]
+struct HeldAnswer {
+    result: &'static str,
+    vm: String,
+    patch: String,
+    digest: String,
+    absent: Vec<String>,
+}
+
+/// A patch that no longer waits.
+#[derive(Serialize)]
+struct Withdrawn {
+    result: &'static str,
+    vm: String,
+    patch: String,
 }
 
 #[derive(Serialize)]
@@ -98,8 +117,19 @@ pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
 }
 
 /// Puts the patch in.
-pub(crate) fn apply(asked: &Change, output: &Output) -> Result<(), Failure> {
+pub(crate) fn apply(asked: &Apply, output: &Output) -> Result<(), Failure> {
+    let Apply {
+        change: asked,
+        strict,
+    } = asked;
     let watch = Watch::new(output.progress("applying"))?;
+    if !strict {
+        let absent = flow::absent_modules(&asked.vm.vm, &asked.patch, &watch)?;
+        if !absent.is_empty() {
+            watch.finish();
+            return hold(asked, absent, output);
+        }
+    }
     let changed = flow::apply(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
     report(
         "applied",
@@ -109,6 +139,49 @@ pub(crate) fn apply(asked: &Change, output: &Output) -> Result<(), Failure> {
         output,
     );
     Ok(())
+}
+
+/// Keeps a patch until its modules are loaded.
+fn hold(asked: &Change, absent: Vec<String>, output: &Output) -> Result<(), Failure> {
+    let vm = &asked.vm.vm;
+    let file = PatchFile::open(&asked.patch)?;
+    flow::held(vm)?.keep(&file)?;
+    let answer = HeldAnswer {
+        result: "pending",
+        vm: vm.clone(),
+        patch: file.patch().name.clone(),
+        digest: file.digest().to_string(),
+        absent,
+    };
+    output.answer(&answer, |answer| {
+        format!(
+            "patch {} waits for module {}, which is not loaded; `vmpatch reconcile --vm {}` applies it then",
+            answer.patch,
+            answer.absent.join(", "),
+            answer.vm
+        )
+    });
+    Ok(())
+}
+
+/// Lets go of a patch that only waits: nothing of it is in the guest.
+fn withdraw(asked: &Rollback, output: &Output) -> Result<bool, Failure> {
+    let vm = &asked.vm.vm;
+    if !flow::held(vm)?.release(&asked.patch)? {
+        return Ok(false);
+    }
+    let answer = Withdrawn {
+        result: "withdrawn",
+        vm: vm.clone(),
+        patch: asked.patch.clone(),
+    };
+    output.answer(&answer, |answer| {
+        format!(
+            "patch {} no longer waits; nothing of it was in the guest",
+            answer.patch
+        )
+    });
+    Ok(true)
 }
 
 /// What is to be rolled back before the patch, the uppermost first.
@@ -125,6 +198,9 @@ fn above(asked: &Rollback, output: &Output) -> Result<Vec<String>, Failure> {
 
 /// Takes the patch out.
 pub(crate) fn roll_back(asked: &Rollback, output: &Output) -> Result<(), Failure> {
+    if patch::check::patch_name(&asked.patch).is_ok() && withdraw(asked, output)? {
+        return Ok(());
+    }
     let vm = &asked.vm.vm;
     let cascaded = above(asked, output)?;
     for upper in &cascaded {

@@ -4,6 +4,7 @@ mod build;
 mod change;
 mod inspect;
 mod machines;
+mod reconcile;
 mod run;
 mod status;
 
@@ -23,6 +24,7 @@ pub(crate) fn run(verb: Verb, output: &Output) -> Result<(), Failure> {
         Verb::Build(asked) => build::run(&asked, output),
         Verb::Check(asked) => change::check(&asked, output),
         Verb::Apply(asked) => change::apply(&asked, output),
+        Verb::Reconcile(asked) => reconcile::run(&asked, output),
         Verb::Status(vm) => status::run(&vm.vm, output),
         Verb::Rollback(asked) => change::roll_back(&asked, output),
     }

@@ -5,6 +5,7 @@ use vmpatch_patcher::journal::Operation;
 use vmpatch_patcher::status::{self, Interrupted, PatchReport, Report, State, Verdict};
 
 use crate::exit::Failure;
+use crate::held::Waiting;
 use crate::live::Live;
 use crate::report::{Output, table};
 
@@ -13,6 +14,8 @@ struct Answer {
     vm: String,
     release: String,
     needs_attention: bool,
+    /// Patches that wait for a module.
+    pending: Vec<Waiting>,
     #[serde(flatten)]
     report: Report,
 }
@@ -21,8 +24,11 @@ struct Answer {
 pub(crate) fn run(vm: &str, output: &Output) -> Result<(), Failure> {
     let live = Live::attach(vm)?;
     let report = status::report(&live.journal(), live.vm(), live.boot(), &live.places()?);
+    let (pending, notes) = live.held().all()?;
+    notes.iter().for_each(|note| output.note(note));
     let answer = Answer {
         vm: vm.to_owned(),
+        pending,
         release: live.kernel.identity.release,
         needs_attention: report.needs_attention(),
         report,
@@ -40,6 +46,7 @@ fn text(answer: &Answer) -> String {
         let head = ["patch", "state", "functions", "digest"];
         parts.push(table::table(&head, report.patches.iter().map(row)));
     }
+    parts.extend(answer.pending.iter().map(pending));
     parts.extend(report.interrupted.iter().map(interrupted));
     parts.extend(report.patches.iter().flat_map(damage));
     parts.extend(report.stale.iter().map(|patch| {
@@ -82,6 +89,14 @@ fn state(patch: &PatchReport) -> String {
         State::NotApplied => "not applied".to_owned(),
         State::Damaged => "damaged".to_owned(),
     }
+}
+
+fn pending(patch: &Waiting) -> String {
+    format!(
+        "patch {} waits for module {}: `vmpatch reconcile` applies it once that is loaded",
+        patch.patch,
+        patch.modules.join(", ")
+    )
 }
 
 fn interrupted(open: &Interrupted) -> String {
