@@ -12,7 +12,8 @@ use super::setup;
 use crate::corpus::build::{self, Built, Kernel};
 use crate::corpus::modules::{Module, Modules};
 use crate::corpus::plan::{self, Outcome, Plan, Trial};
-use crate::corpus::{Entry, Expected, ramdisk, verdict};
+use crate::corpus::verdict::{self, Row};
+use crate::corpus::{Entry, Expected, ramdisk};
 use crate::manifest::Manifest;
 use crate::workbench::Workbench;
 use crate::{checksum, images, packages, paths, progress, publish};
@@ -159,15 +160,15 @@ fn report(
     let mut rows = Vec::new();
     for (entry, built) in entries.iter().zip(built) {
         let seen = outcomes.iter().find(|seen| seen.name == entry.name);
-        let stands_in = Outcome::not_tried(&entry.name);
-        let seen = seen.or((build_only && built.is_patch()).then_some(&stands_in));
         if let Some(seen) = seen {
-            publish::file(
-                &build::folder(entry)?.join("guest.json"),
-                &serde_json::to_vec_pretty(seen)?,
-            )?;
+            let log = build::folder(entry)?.join("guest.json");
+            publish::file(&log, &serde_json::to_vec_pretty(seen)?)?;
         }
-        rows.push(verdict::row(entry, built, seen));
+        rows.push(if build_only {
+            Row::only_built(entry, built)
+        } else {
+            verdict::row(entry, built, seen)
+        });
     }
     print!("{}", verdict::table(&rows));
     let logs = paths::cache()?.join("corpus");

@@ -72,18 +72,6 @@ pub(crate) struct Outcome {
     pub trouble: Option<String>,
 }
 
-impl Outcome {
-    /// That of an entry that was only built.
-    pub(crate) fn not_tried(name: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            rolled_back: true,
-            exercised: true,
-            ..Self::default()
-        }
-    }
-}
-
 impl Plan {
     /// Writes it.
     pub(crate) fn save(&self, out: &Path) -> Result<()> {

@@ -29,6 +29,8 @@ pub(crate) struct Row {
 pub(crate) enum Verdict {
     /// In and out of a running kernel; `true` where a probe saw it come and go.
     Through { exercised: bool },
+    /// A patch, not tried in a guest because no guest was asked for.
+    Built,
     /// Refused, as it must be.
     Refused,
     /// Refused, as it need not be: a known limit.
@@ -110,6 +112,17 @@ fn refusal(reason: &str, expected: Verdict, built: &Built, outcome: Option<&Outc
     }
 }
 
+impl Row {
+    /// Judges an entry that was only built: a patch is as good as it can be, for some are refused by a guest alone.
+    pub(crate) fn only_built(entry: &Entry, built: &Built) -> Self {
+        let mut row = row(entry, built, None);
+        if built.is_patch() {
+            row.verdict = Verdict::Built;
+        }
+        row
+    }
+}
+
 /// Module or vmlinux, as the product says, or as the entry does where there is no patch.
 fn object(entry: &Entry, built: &Built) -> String {
     let objects = built.answer["objects"].as_array().into_iter().flatten();
@@ -131,6 +144,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
         let verdict = match &row.verdict {
             Verdict::Through { exercised: true } => "through, exercised",
             Verdict::Through { exercised: false } => "through",
+            Verdict::Built => "built",
             Verdict::Refused => "refused",
             Verdict::Limit => "refused: a limit",
             Verdict::Wrong(_) => "WRONG",
@@ -169,7 +183,7 @@ pub(crate) fn line(entries: &[Entry], built: &[Built], outcomes: &[Outcome], row
     let count =
         |wanted: fn(&Verdict) -> bool| rows.iter().filter(|row| wanted(&row.verdict)).count();
     let wrong = count(|verdict| matches!(verdict, Verdict::Wrong(_)));
-    let through = count(|verdict| matches!(verdict, Verdict::Through { .. }));
+    let through = count(|verdict| matches!(verdict, Verdict::Through { .. } | Verdict::Built));
     let enough = through as f64 >= ENOUGH * patchable.len() as f64;
     Line {
         corpus: if wrong == 0 && enough { "pass" } else { "fail" },

@@ -86,7 +86,9 @@ fn boot(bench: &Workbench, tool: &Tool, image: &Image, emulated: bool) -> Result
     );
     let initrd = bench.out().join("initrd");
     publish::file(&initrd, &spinner::archive()?)?;
-    let guest = stop_window::boot(emulated, initrd).start(tool, image)?;
+    let mut boot = stop_window::boot(emulated, initrd);
+    boot.id = "bench-build".to_owned();
+    let guest = boot.start(tool, image)?;
     step.done();
     Ok(guest)
 }
