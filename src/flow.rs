@@ -123,7 +123,13 @@ pub(crate) fn absent_modules(
 /// What has to be rolled back for a patch, the patch itself the last.
 pub(crate) fn cascade(id: &str, patch: &str, watch: &dyn Observer) -> Result<Vec<String>, Failure> {
     let live = attach(id, watch)?;
-    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot(), &live.places()?)?;
+    let places = live.places()?;
+    let ledger = Ledger::open(
+        &live.journal(),
+        live.vm(),
+        live.boot(),
+        live.loaded(&places),
+    )?;
     Ok(rollback::cascade(&ledger, patch))
 }
 
@@ -135,7 +141,13 @@ pub(crate) fn roll_back(
     watch: &dyn Observer,
 ) -> Result<Changed, Failure> {
     let live = attach(id, watch)?;
-    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot(), &live.places()?)?;
+    let places = live.places()?;
+    let ledger = Ledger::open(
+        &live.journal(),
+        live.vm(),
+        live.boot(),
+        live.loaded(&places),
+    )?;
     let change = rollback::change(&ledger, patch)?;
     switch(ledger, change, &live, timeout, watch)
 }
@@ -158,14 +170,22 @@ fn fit(
     live: &Live,
     watch: &dyn Observer,
 ) -> Result<(Verified, Ledger), Failure> {
-    let ledger = Ledger::open(&live.journal(), live.vm(), live.boot(), &live.places()?)?;
+    let places = live.places()?;
+    let ledger = Ledger::open(
+        &live.journal(),
+        live.vm(),
+        live.boot(),
+        live.loaded(&places),
+    )?;
     ledger.admit(&parsed.patch().name, &parsed.digest().to_string())?;
     // The symbols of all modules are only read where some are to be changed.
     let modules = match parsed.patch().modules().is_empty() {
         true => Vec::new(),
         false => live.modules()?,
     };
-    let guest = Guest::new(&live.kernel, live.vm()).with_modules(&modules);
+    let guest = Guest::new(&live.kernel, live.vm())
+        .with_modules(&modules)
+        .with_places(&places);
     let arena = Arena::open(&live.kernel, live.vm(), live.arena()?)?;
     let plan = Plan::link(parsed, &guest, &arena)?;
     watch.boundary(Boundary::Linked);

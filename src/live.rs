@@ -8,6 +8,7 @@ use vmpatch_introspect::stacks::Sleepers;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{AttachError, Deadline, GpaRange, Kernel, Roots, Target, Vcpu};
+use vmpatch_patcher::arena::Loaded;
 use vmpatch_patcher::quiescence::{self, BusyRanges, LiveKernel};
 use vmpatch_vmm::client::{self, KvmTarget};
 
@@ -114,6 +115,14 @@ impl Live {
     /// Where the code of loaded modules lies. The guest may be changing its list just now: then once more, a few times.
     pub(crate) fn places(&self) -> Result<Vec<ModulePlace>, AttachError> {
         patiently(|| self.kernel.module_places(&self.vm, &as_in_a_stop()))
+    }
+
+    /// The modules among whose places those of patches count.
+    pub(crate) fn loaded<'a>(&self, places: &'a [ModulePlace]) -> Loaded<'a> {
+        Loaded {
+            places,
+            space: Some(self.kernel.layout.space),
+        }
     }
 
     /// Patches that wait for a module of this VM.

@@ -85,3 +85,42 @@ fn a_refusal_names_its_file_where_there_are_several() {
     let (patch, _) = build_pairs(&[module]).unwrap();
     assert_eq!(patch.modules().into_iter().collect::<Vec<_>>(), ["loop"]);
 }
+
+#[test]
+fn a_new_function_of_one_module_is_not_that_of_another_which_has_its_name() {
+    let calls =
+        |n: u8| format!("extern int both(int n); int two(int n) {{ return both(n) + {n}; }}");
+    let (old_one, old_two) = (compile(ONE), compile(TWO));
+    let defines = [3, 4].map(|n| compile(&format!("{ONE} int both(int n) {{ return n * {n}; }}")));
+    let callers = [5, 6].map(|n| compile(&calls(n)));
+    let pairs: Vec<_> = ["first", "second"]
+        .into_iter()
+        .zip(defines.iter().zip(&callers))
+        .flat_map(|(object, (defines, calls))| {
+            [
+                ObjectPair {
+                    object,
+                    ..pair("a.c", &old_one, defines)
+                },
+                ObjectPair {
+                    object,
+                    ..pair("b.c", &old_two, calls)
+                },
+            ]
+        })
+        .collect();
+    let (patch, _) = build_pairs(&pairs).unwrap();
+    let brought = |unit: u32| {
+        let replaced = patch.replaced.iter().find(|it| it.unit == unit).unwrap();
+        let body = &patch.sections[replaced.new_section as usize];
+        let mut own =
+            body.relocations
+                .iter()
+                .filter_map(|it| match &patch.symbols[it.symbol as usize] {
+                    Symbol::Own { name, section, .. } if name == "both" => Some(*section),
+                    _ => None,
+                });
+        own.next().unwrap()
+    };
+    assert_ne!(brought(1), brought(3));
+}

@@ -8,6 +8,7 @@ use std::fs;
 use common::Bench;
 use vmpatch_introspect::{Gpa, GpaRange};
 use vmpatch_patcher::apply::{Change, Unobserved};
+use vmpatch_patcher::arena::Loaded;
 use vmpatch_patcher::journal::{Ending, Folder, JournalError, LockError};
 use vmpatch_patcher::rollback::{self, RollbackError};
 use vmpatch_patcher::status::{self, AdmitError, Ledger, Source, State, Verdict};
@@ -219,7 +220,12 @@ fn a_patch_of_which_half_is_in_place_is_damaged() {
 fn after_a_reboot_the_patches_of_the_earlier_boot_are_stale() {
     let bench = Bench::new();
     bench.apply("a").unwrap();
-    let report = status::report(bench.folder.path(), &bench.machine, "b008", &[]);
+    let report = status::report(
+        bench.folder.path(),
+        &bench.machine,
+        "b008",
+        Loaded::default(),
+    );
     assert!(report.patches.is_empty());
     assert_eq!(
         (report.stale[0].name.as_str(), report.stale[0].boot.as_str()),
@@ -232,7 +238,12 @@ fn the_manifest_that_an_earlier_boot_left_tells_what_is_stale_without_a_journal(
     let bench = Bench::new();
     bench.apply("a").unwrap();
     lose_journal(&bench);
-    let report = status::report(bench.folder.path(), &bench.machine, "b008", &[]);
+    let report = status::report(
+        bench.folder.path(),
+        &bench.machine,
+        "b008",
+        Loaded::default(),
+    );
     assert!(report.patches.is_empty());
     let stale = &report.stale[0];
     assert_eq!(
@@ -246,10 +257,21 @@ fn an_intent_of_an_earlier_boot_is_stale_and_settled() {
     let bench = Bench::new();
     let change = Change::apply(&sample::verified(&bench.machine, "a"), &bench.machine).unwrap();
     drop(bench.ledger().begin(change, &Unobserved).unwrap());
-    let report = status::report(bench.folder.path(), &bench.machine, "b008", &[]);
+    let report = status::report(
+        bench.folder.path(),
+        &bench.machine,
+        "b008",
+        Loaded::default(),
+    );
     assert_eq!(report.interrupted.unwrap().verdict, Verdict::Stale);
     assert_eq!(
-        status::report(bench.folder.path(), &bench.machine, "b008", &[]).interrupted,
+        status::report(
+            bench.folder.path(),
+            &bench.machine,
+            "b008",
+            Loaded::default()
+        )
+        .interrupted,
         None
     );
 }
@@ -285,7 +307,8 @@ fn a_second_tool_is_locked_out_of_changes_and_still_told_the_status() {
     let bench = Bench::new();
     bench.apply("a").unwrap();
     let first = bench.ledger();
-    let second = Ledger::open(bench.folder.path(), &bench.machine, BOOT, &[]).unwrap_err();
+    let second =
+        Ledger::open(bench.folder.path(), &bench.machine, BOOT, Loaded::default()).unwrap_err();
     assert!(
         matches!(second, JournalError::Lock(LockError::Held { .. })),
         "{second}"
@@ -332,7 +355,7 @@ fn a_journal_with_a_flipped_bit_blocks_changes_and_leaves_status_to_the_manifest
         (report.patches[0].state, report.patches[0].source),
         (State::Applied, Source::Manifest)
     );
-    assert!(Ledger::open(bench.folder.path(), &bench.machine, BOOT, &[]).is_err());
+    assert!(Ledger::open(bench.folder.path(), &bench.machine, BOOT, Loaded::default()).is_err());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use vmpatch_introspect::target::StopRequest;
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{Deadline, Dump, Kernel, PhysicalMemory, Target};
 use vmpatch_patcher::apply::{Attempt, Attempted, Change, Failure, Schedule, Unobserved};
-use vmpatch_patcher::arena::{Arena, Manifest};
+use vmpatch_patcher::arena::{Arena, Loaded, Manifest};
 use vmpatch_patcher::link::{self, Live, Plan};
 use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::quiescence::LiveKernel;
@@ -65,14 +65,21 @@ impl Vm {
         self.kernel.module_places(&self.machine, &no_end).unwrap()
     }
 
+    fn loaded<'a>(&self, places: &'a [ModulePlace]) -> Loaded<'a> {
+        let space = Some(self.kernel.layout.space);
+        Loaded { places, space }
+    }
+
     fn ledger(&self) -> Ledger {
-        Ledger::open(
-            self.folder.path(),
-            &self.machine,
-            self.boot(),
-            &self.places(),
-        )
-        .unwrap()
+        let places = self.places();
+        let loaded = self.loaded(&places);
+        Ledger::open(self.folder.path(), &self.machine, self.boot(), loaded).unwrap()
+    }
+
+    fn report(&self) -> status::Report {
+        let places = self.places();
+        let loaded = self.loaded(&places);
+        status::report(self.folder.path(), &self.machine, self.boot(), loaded)
     }
 
     fn apply(&self, file: &PatchFile) -> Result<Attempted, Failure> {
@@ -86,7 +93,10 @@ impl Vm {
     /// The change that applies a patch.
     fn change(&self, file: &PatchFile) -> Change {
         let modules = self.kernel.modules(&self.machine).unwrap();
-        let guest = link::Guest::new(&self.kernel, &self.machine).with_modules(&modules);
+        let places = self.places();
+        let guest = link::Guest::new(&self.kernel, &self.machine)
+            .with_modules(&modules)
+            .with_places(&places);
         let slot = self.machine.arena().unwrap();
         let arena = Arena::open(&self.kernel, &self.machine, slot).unwrap();
         let plan = Plan::link(file, &guest, &arena).unwrap();
@@ -157,12 +167,7 @@ impl Vm {
     }
 
     fn state(&self, name: &str) -> Option<State> {
-        let report = status::report(
-            self.folder.path(),
-            &self.machine,
-            self.boot(),
-            &self.places(),
-        );
+        let report = self.report();
         assert!(report.notes.is_empty(), "{:?}", report.notes);
         report
             .patches
@@ -317,17 +322,20 @@ fn a_hook_is_placed_once_and_goes_with_the_last_patch_that_needs_it() {
 #[test]
 fn a_hook_that_somebody_took_out_is_told_of() {
     each(|vm, samples| {
+        let text = vm.text();
         vm.apply(sample(samples, "loadavg-warn")).unwrap();
-        let report = || status::report(vm.folder.path(), &vm.machine, vm.boot(), &vm.places());
-        assert!(!report().needs_attention());
+        assert!(!vm.report().needs_attention());
         let hook = vm.manifest().patches[0].hooks[0].clone();
         for edit in &hook.edits {
             vm.machine.set(edit.at, &edit.old);
         }
-        let said = report();
+        let said = vm.report();
         assert!(said.needs_attention());
         assert_eq!(said.patches[0].state, State::Applied);
         assert_eq!(said.patches[0].damage[0].function, "find_bug");
+        // The way out stays open.
+        vm.rollback("loadavg-warn").unwrap();
+        assert!(vm.text() == text);
     });
 }
 

@@ -23,7 +23,9 @@ struct Answer {
 /// Asks the guest's text, its manifest and this host's journal.
 pub(crate) fn run(vm: &str, output: &Output) -> Result<(), Failure> {
     let live = Live::attach(vm)?;
-    let report = status::report(&live.journal(), live.vm(), live.boot(), &live.places()?);
+    let places = live.places()?;
+    let loaded = live.loaded(&places);
+    let report = status::report(&live.journal(), live.vm(), live.boot(), loaded);
     let (pending, notes) = live.held().all()?;
     notes.iter().for_each(|note| output.note(note));
     let answer = Answer {
@@ -78,7 +80,10 @@ fn state(patch: &PatchReport) -> String {
     };
     match patch.state {
         State::Applied if patch.above.is_empty() && !patch.unloaded.is_empty() => {
-            format!("applied, but for unloaded {}", patch.unloaded.join(", "))
+            format!(
+                "applied, but for {}, which was unloaded since",
+                patch.unloaded.join(", ")
+            )
         }
         State::Applied if patch.above.is_empty() => "applied".to_owned(),
         State::Applied => format!("applied, beneath {}", patch.above.join(", ")),

@@ -28,7 +28,7 @@
 //! let folder = tempfile::tempdir()?;
 //! let verified = sample::verified(&vm, "fix");
 //!
-//! let ledger = Ledger::open(folder.path(), &vm, sample::BOOT, &[])?;
+//! let ledger = Ledger::open(folder.path(), &vm, sample::BOOT, vmpatch_patcher::arena::Loaded::default())?;
 //! ledger.admit("fix", &verified.record.digest)?;
 //! let intent = ledger.begin(Change::apply(&verified, &vm)?, &Unobserved)?;
 //! let placed = intent.place(&vm)?;
@@ -39,11 +39,11 @@
 //! });
 //! intent.conclude(&vm, attempted)?;
 //!
-//! let report = status::report(folder.path(), &vm, sample::BOOT, &[]);
+//! let report = status::report(folder.path(), &vm, sample::BOOT, vmpatch_patcher::arena::Loaded::default());
 //! assert_eq!(report.patches[0].state, State::Applied);
 //!
 //! // The way back is the same way, with another change.
-//! let ledger = Ledger::open(folder.path(), &vm, sample::BOOT, &[])?;
+//! let ledger = Ledger::open(folder.path(), &vm, sample::BOOT, vmpatch_patcher::arena::Loaded::default())?;
 //! let change = rollback::change(&ledger, "fix")?;
 //! # let _ = ledger.begin(change, &Unobserved)?;
 //! # Ok(())

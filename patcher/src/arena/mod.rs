@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use vmpatch_introspect::Gpa;
 use vmpatch_introspect::target::Edit;
 
-pub use claim::ModuleClaim;
+pub use claim::{Loaded, ModuleClaim};
 pub use manifest::{
     BusyKind, BusyRange, Extent, Manifest, PatchRecord, PatchState, SiteRecord, SiteRole,
 };

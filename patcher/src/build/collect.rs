@@ -14,7 +14,7 @@ use super::site;
 use super::table::SymbolTable;
 use super::unit::Unit;
 use crate::object::SectionId;
-use crate::patch::{Section, SectionKind};
+use crate::patch::{Section, SectionKind, VMLINUX};
 
 /// Most bytes of one new variable: the arena has 4 MiB in all.
 const MAX_VARIABLE_BYTES: u64 = 1 << 20;
@@ -44,7 +44,7 @@ pub(super) struct Collector<'a> {
     /// One for each unit.
     pub(super) reports: Vec<FileReport>,
     /// What one file newly defines for all.
-    exports: HashMap<&'a str, (usize, Thing)>,
+    exports: HashMap<(&'a str, &'a str), (usize, Thing)>,
     placed: BTreeMap<(usize, Thing), u32>,
     queue: VecDeque<(usize, Thing)>,
 }
@@ -76,9 +76,10 @@ impl<'a> Collector<'a> {
         section
     }
 
-    /// What a file of the patch newly defines for all under a name.
-    pub(super) fn exported(&self, name: &str) -> Option<(usize, Thing)> {
-        self.exports.get(name).copied()
+    /// What a file of the patch newly defines for all of its object under a name, or for every object if it is the kernel's.
+    pub(super) fn exported(&self, object: &str, name: &str) -> Option<(usize, Thing)> {
+        let of = |object| self.exports.get(&(object, name)).copied();
+        of(object).or_else(|| of(VMLINUX))
     }
 
     /// Fills in everything that was asked for, and what that asks for.
@@ -106,16 +107,17 @@ impl<'a> Collector<'a> {
 }
 
 /// The new functions and variables of a file that other files may name.
-fn exports(at: usize, unit: &Unit) -> impl Iterator<Item = (&str, (usize, Thing))> {
+fn exports(at: usize, unit: &Unit) -> impl Iterator<Item = ((&str, &str), (usize, Thing))> {
+    let object = unit.object.as_str();
     let inventory = &unit.new.inventory;
     let functions = inventory.functions.iter().enumerate();
     let functions = functions
         .filter(|(index, it)| it.global && unit.verdicts[*index] == Verdict::New)
-        .map(move |(index, it)| (it.name.as_str(), (at, Thing::Function(index))));
+        .map(move |(index, it)| ((object, it.name.as_str()), (at, Thing::Function(index))));
     let variables = inventory.variables.iter().enumerate();
     let variables = variables
         .filter(|(index, it)| it.global && unit.pairs.old_of(*index).is_none())
-        .map(move |(index, it)| (it.name.as_str(), (at, Thing::Variable(index))));
+        .map(move |(index, it)| ((object, it.name.as_str()), (at, Thing::Variable(index))));
     functions.chain(variables)
 }
 

@@ -85,7 +85,7 @@ impl NewResolver<'_, '_> {
             self.refuse(&name, "an absolute or common symbol cannot be linked");
             return None;
         }
-        if let Some((unit, thing)) = self.collector.exported(&name) {
+        if let Some((unit, thing)) = self.collector.exported(&self.unit.object, &name) {
             return Some((self.own_of(unit, thing), distance));
         }
         Some((self.collector.symbols.guest(&name), distance))

@@ -13,6 +13,8 @@ use crate::patch;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Unit {
+    /// What it is linked into.
+    pub(super) object: String,
     /// The old version.
     pub(super) old: Side,
     /// The new version, as its code is brought.
@@ -43,6 +45,7 @@ impl Unit {
         data::compare(&old, &new, &pairs, &mut report);
         list_functions((&old, &new), &pairs, &verdicts, &mut report);
         let unit = Self {
+            object: pair.object.to_owned(),
             old,
             new,
             pairs,
@@ -68,6 +71,19 @@ impl Unit {
             let same = self.new.inventory.function_named(name)?;
             self.verdicts.get(same).copied()
         };
+        for (function, verdict) in self.verdicts.iter().enumerate() {
+            let it = self.new.function(function);
+            let is_brought = matches!(verdict, Verdict::Changed(_) | Verdict::New);
+            if is_brought && wide.inventory.function_named(&it.name).is_none() {
+                report.refused.push(Refused {
+                    name: it.name.clone(),
+                    section: self.new.home_of(function).name.clone(),
+                    offset: None,
+                    reason: "the compiler leaves it out where static-key branches have five bytes"
+                        .to_owned(),
+                });
+            }
+        }
         let functions = 0..wide.inventory.functions.len();
         let known: Vec<_> = functions.map(verdict).collect();
         for function in known.iter().enumerate().filter(|(_, it)| it.is_none()) {
@@ -83,6 +99,7 @@ impl Unit {
         let pairs = pair::pair(&self.old, &wide);
         Ok((
             Self {
+                object: self.object,
                 names: pairs.names(&self.old),
                 verdicts: verdicts.collect(),
                 old: self.old,

@@ -60,7 +60,7 @@ impl Layers {
     pub fn find(guest: &Guest<'_>, manifest: &Manifest) -> Self {
         let boot = &guest.kernel().identity.boot;
         let memory = guest.memory().physical;
-        let known = Known::judge(Some(manifest), &[], boot, memory, &guest.places());
+        let known = Known::judge(Some(manifest), &[], boot, memory, guest.loaded());
         let of = |state| {
             let mut found: Vec<_> = known.patches().iter().collect();
             found.retain(|patch| patch.state == state);
@@ -131,11 +131,10 @@ impl Layers {
     }
 }
 
-/// The code by which a patch has replaced a function, as what a patch upon it replaces in turn.
-pub fn replaced_by(record: &PatchRecord, function: &str) -> impl Iterator<Item = BusyRange> {
-    let new = record.busy.iter();
-    let new = new.filter(move |it| it.kind == BusyKind::New && it.function == function);
-    new.map(|it| BusyRange {
+/// The code of a patch, as what a patch upon it replaces in turn: all of it, for its parts and helpers lead back into the
+/// function without a frame of their own in it.
+pub fn code_of(record: &PatchRecord) -> impl Iterator<Item = BusyRange> {
+    record.busy_for_rollback().map(|it| BusyRange {
         kind: BusyKind::Old,
         ..it.clone()
     })

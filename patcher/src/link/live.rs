@@ -8,6 +8,7 @@ use vmpatch_introspect::{Gpa, Gva, Kernel, KernelMemory, PhysicalMemory, ReadErr
 
 use super::boot::Facts;
 use super::boot::facts::FactsError;
+use crate::arena::Loaded;
 use crate::patch::VMLINUX;
 
 /// A guest kernel as linking sees it.
@@ -71,6 +72,7 @@ pub struct Guest<'a> {
     kernel: &'a Kernel,
     memory: KernelMemory<'a>,
     modules: &'a [Module],
+    places: &'a [ModulePlace],
 }
 
 impl<'a> Guest<'a> {
@@ -81,6 +83,7 @@ impl<'a> Guest<'a> {
             kernel,
             memory: kernel.memory(physical),
             modules: &[],
+            places: &[],
         }
     }
 
@@ -88,6 +91,12 @@ impl<'a> Guest<'a> {
     #[must_use]
     pub const fn with_modules(self, modules: &'a [Module]) -> Self {
         Self { modules, ..self }
+    }
+
+    /// The same with where its loaded modules lie.
+    #[must_use]
+    pub const fn with_places(self, places: &'a [ModulePlace]) -> Self {
+        Self { places, ..self }
     }
 
     /// A loaded module.
@@ -102,10 +111,13 @@ impl<'a> Guest<'a> {
         self.kernel
     }
 
-    /// Where its modules lie.
+    /// Where its modules lie, by which the places of patches are told from what took their place.
     #[must_use]
-    pub fn places(&self) -> Vec<ModulePlace> {
-        self.modules.iter().map(Module::place).collect()
+    pub const fn loaded(&self) -> Loaded<'a> {
+        Loaded {
+            places: self.places,
+            space: Some(self.kernel.layout.space),
+        }
     }
 
     /// What its boot decided, as far as code depends on it.
@@ -140,7 +152,10 @@ impl Live for Guest<'_> {
         if object == VMLINUX || !own.is_empty() {
             return own;
         }
-        let kernels = self.named(name);
+        // Only what is global can have been linked to: `nm` writes its kind in upper case.
+        let kernels = self.kernel.symbols.named(name);
+        let global = kernels.filter(|symbol| symbol.kind.is_ascii_uppercase());
+        let kernels: Vec<_> = global.map(|symbol| symbol.at).collect();
         if !kernels.is_empty() {
             return kernels;
         }

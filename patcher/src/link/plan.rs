@@ -3,7 +3,7 @@
 
 use vmpatch_introspect::modules::ModuleState;
 use vmpatch_introspect::target::Edit;
-use vmpatch_introspect::{Gva, GvaRange, ReadError};
+use vmpatch_introspect::{Gpa, Gva, GvaRange, ReadError};
 
 use super::boot::Facts;
 use super::boot::facts::FactsError;
@@ -434,7 +434,7 @@ impl Linker<'_> {
             name: self.patch.name.clone(),
             digest: self.digest.clone(),
             extents: placement.extents.clone(),
-            modules: self.claims(),
+            modules: self.claims(&sites),
             sites,
             busy,
             hooks: self.hooks.sites.clone(),
@@ -470,13 +470,16 @@ impl Linker<'_> {
         let mut ranges = Vec::new();
         for (wanted, found) in self.patch.replaced.iter().zip(located) {
             let upon = self.layers.upon(&wanted.name, found.range)?;
-            let replaced = upon.map(|record| layers::replaced_by(record, &wanted.name));
-            ranges.extend(replaced.into_iter().flatten());
+            for range in upon.into_iter().flat_map(layers::code_of) {
+                if !ranges.contains(&range) {
+                    ranges.push(range);
+                }
+            }
         }
         Ok(ranges)
     }
 
-    fn claims(&self) -> Vec<ModuleClaim> {
+    fn claims(&self, sites: &[SiteRecord]) -> Vec<ModuleClaim> {
         let names = self.patch.modules().into_iter();
         let modules = names.filter_map(|name| self.guest.module(name));
         modules
@@ -484,6 +487,7 @@ impl Linker<'_> {
                 name: module.name.clone(),
                 at: module.at,
                 text: module.text,
+                frames: frames(module.text, sites),
             })
             .collect()
     }
@@ -550,6 +554,20 @@ pub(super) fn edits(live: &dyn Live, at: Gva, new: &[u8]) -> Result<Vec<Edit>, R
         left = later;
     }
     Ok(edits)
+}
+
+/// The pages of a module's text that are changed, and their frames.
+fn frames(text: GvaRange, sites: &[SiteRecord]) -> Vec<(Gva, Gpa)> {
+    let within = sites.iter().filter(|site| text.contains(site.at));
+    let mut frames: Vec<_> = within
+        .filter_map(|site| {
+            let at = site.edits.first()?.at;
+            Some((site.at.wrapping_sub(at.page_offset()), at.page_base()))
+        })
+        .collect();
+    frames.sort_unstable();
+    frames.dedup();
+    frames
 }
 
 /// Old functions with their parts: a task in any of them would run on in old code.

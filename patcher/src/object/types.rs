@@ -12,6 +12,8 @@ use object::{Object as _, ObjectSection as _, read::RelocationMap};
 
 /// How deep structures without a name lie within each other before the rest is left out.
 const MAX_DEPTH: usize = 16;
+/// Most members of one structure; the rest is left out. A hostile one may hold itself many times.
+const MAX_MEMBERS: usize = 1 << 14;
 
 /// Layouts by `struct NAME` or `union NAME`.
 pub type Layouts = BTreeMap<String, Layout>;
@@ -47,6 +49,10 @@ pub fn layouts(object: &[u8]) -> Result<Option<Layouts>, gimli::Error> {
     let Some(info) = file.section_by_name(".debug_info") else {
         return Ok(None);
     };
+    // What cannot be uncompressed is as good as none.
+    if info.uncompressed_data().is_err() {
+        return Ok(None);
+    }
     let fields = info.relocation_map().unwrap_or_default();
     let sections = Sections {
         info: data(&info),
@@ -198,13 +204,24 @@ impl Unit {
                 bytes: structure.bytes,
                 members: Vec::new(),
             };
-            self.flatten(structure, 0, 0, &mut layout.members);
+            let mut budget = MAX_MEMBERS;
+            self.flatten(structure, (0, 0), &mut budget, &mut layout.members);
             into.insert(name.clone(), layout);
         }
     }
 
-    fn flatten(&self, structure: &Structure, at_bit: u64, depth: usize, into: &mut Vec<Member>) {
+    fn flatten(
+        &self,
+        structure: &Structure,
+        (at_bit, depth): (u64, usize),
+        budget: &mut usize,
+        into: &mut Vec<Member>,
+    ) {
         for member in &structure.members {
+            *budget = budget.saturating_sub(1);
+            if *budget == 0 {
+                return;
+            }
             let at_bit = at_bit.wrapping_add(member.at_bit);
             let within = || self.structures.get(&member.of?);
             match (&member.name, within()) {
@@ -214,7 +231,7 @@ impl Unit {
                     bits: member.bits,
                 }),
                 (None, Some(within)) if depth < MAX_DEPTH => {
-                    self.flatten(within, at_bit, depth + 1, into);
+                    self.flatten(within, (at_bit, depth + 1), budget, into);
                 }
                 (None, _) => {}
             }

@@ -58,7 +58,11 @@ pub fn examine(
     if !witness.same_modules(memory, deadline)? {
         busy.add(Finding::ModulesChanged);
     }
-    for claim in ranges.modules().iter().filter(|it| !witness.is_live(it)) {
+    for claim in ranges
+        .modules()
+        .iter()
+        .filter(|it| !witness.is_live(it, memory))
+    {
         let module = claim.name.clone();
         busy.add(Finding::ModuleLeaves { module });
     }

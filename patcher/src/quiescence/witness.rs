@@ -7,7 +7,7 @@ use vmpatch_introspect::{AttachError, Deadline, ForeignVcpu, Kernel, PhysicalMem
 
 use super::busy::Elsewhere;
 use super::gate::ReadStack;
-use crate::arena::ModuleClaim;
+use crate::arena::{Loaded, ModuleClaim};
 
 /// Answers about one stopped guest, from its memory and registers as they are now.
 pub trait Witness {
@@ -35,7 +35,7 @@ pub trait Witness {
     ) -> Result<bool, AttachError>;
 
     /// Whether a module is live where it was, by the list that [`same_modules`](Self::same_modules) compares with.
-    fn is_live(&self, module: &ModuleClaim) -> bool;
+    fn is_live(&self, module: &ModuleClaim, memory: &dyn PhysicalMemory) -> bool;
 
     /// Every stack there is: of listed, idle and exiting tasks, and of vCPUs that match none of them. Read
     /// before `deadline`, or not at all.
@@ -90,8 +90,12 @@ impl Witness for LiveKernel<'_> {
         self.unwinder.is_current(self.kernel, memory, deadline)
     }
 
-    fn is_live(&self, module: &ModuleClaim) -> bool {
-        module.is_live(self.unwinder.modules())
+    fn is_live(&self, module: &ModuleClaim, memory: &dyn PhysicalMemory) -> bool {
+        let loaded = Loaded {
+            places: self.unwinder.modules(),
+            space: Some(self.kernel.layout.space),
+        };
+        module.is_live(loaded, memory)
     }
 
     fn stacks(

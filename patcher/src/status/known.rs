@@ -9,11 +9,10 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use vmpatch_introspect::modules::ModulePlace;
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gpa, PhysicalMemory};
 
-use crate::arena::{BusyKind, Manifest, ModuleClaim, PatchRecord, SiteRecord};
+use crate::arena::{BusyKind, Loaded, Manifest, ModuleClaim, PatchRecord, SiteRecord};
 use crate::journal::{Entry, history};
 
 /// More patches than the arena of one boot has pages; a guest may claim more, but is not believed.
@@ -54,6 +53,8 @@ pub struct KnownPatch {
     pub state: State,
     /// Modules that it changed and that are gone, its changes with them.
     pub unloaded: Vec<ModuleClaim>,
+    /// Its hooks that are in place.
+    pub hooks: Vec<SiteRecord>,
     /// Its place among the applied: 0 was peeled first, so nothing lies upon it.
     pub depth: Option<usize>,
 }
@@ -80,11 +81,15 @@ impl Known {
         entries: &[Entry],
         boot: &str,
         memory: &dyn PhysicalMemory,
-        loaded: &[ModulePlace],
+        loaded: Loaded<'_>,
     ) -> Self {
         let mut patches = merged(manifest, entries, boot);
         for patch in &mut patches {
-            patch.unloaded = patch.record.unloaded(loaded);
+            patch.unloaded = patch.record.unloaded(loaded, memory);
+            let hooks = patch.record.hooks.iter();
+            // What cannot be read is left to the comparison of the stop.
+            let in_place = hooks.filter(|hook| hook.is_in_place(memory).unwrap_or(true));
+            patch.hooks = in_place.cloned().collect();
         }
         let mut view = View {
             memory,
@@ -131,20 +136,20 @@ impl Known {
             .or_else(|| named().next())
     }
 
-    /// The hooks of `patch` that no other applied patch needs.
+    /// The hooks of `patch` that are in place and that no other patch needs. One that is damaged may still run new code.
     #[must_use]
     pub fn unshared_hooks<'a>(&self, patch: &'a KnownPatch) -> Vec<&'a SiteRecord> {
         let others = || {
-            let applied =
-                |other: &&KnownPatch| other.state == State::Applied && other.record != patch.record;
-            self.patches.iter().filter(applied)
+            let in_guest = |other: &&KnownPatch| {
+                other.state != State::NotApplied && other.record != patch.record
+            };
+            self.patches.iter().filter(in_guest)
         };
         let needed = |hook: &SiteRecord| {
             let mut hooks = others().flat_map(|other| &other.record.hooks);
             hooks.any(|other| other.at == hook.at)
         };
-        let hooks = patch.record.hooks.iter();
-        hooks.filter(|hook| !needed(hook)).collect()
+        patch.hooks.iter().filter(|hook| !needed(hook)).collect()
     }
 
     /// The applied patches that lie upon `patch`: they change the same place, or its new code.
@@ -217,6 +222,7 @@ fn note(patches: &mut Vec<KnownPatch>, record: &PatchRecord, source: Source) {
             source,
             state: State::Damaged,
             unloaded: Vec::new(),
+            hooks: Vec::new(),
             depth: None,
         }),
     }

@@ -4,12 +4,11 @@
 use std::path::Path;
 
 use vmpatch_introspect::Target;
-use vmpatch_introspect::modules::ModulePlace;
 
 use super::known::{Known, KnownPatch, State};
 use super::settle::{self, Interrupted};
 use crate::apply::{Change, Observer};
-use crate::arena::{Manifest, codec};
+use crate::arena::{Loaded, Manifest, codec};
 use crate::journal::{Entry, Intent, Journal, JournalError};
 
 /// A settled journal and what is known of the guest's patches.
@@ -61,12 +60,12 @@ impl Ledger {
         folder: &Path,
         vm: &dyn Target,
         boot: &str,
-        loaded: &[ModulePlace],
+        loaded: Loaded<'_>,
     ) -> Result<Self, JournalError> {
         let journal = Journal::open(folder)?;
         let mut entries = journal.entries()?;
         let mut interrupted = None;
-        if let Some((number, open)) = settle::judge(&entries, boot, vm) {
+        if let Some((number, open)) = settle::judge(&entries, boot, vm, loaded) {
             interrupted = Some(settle::record(&journal, number, open)?);
             entries = journal.entries()?;
         }

@@ -10,19 +10,19 @@ pub mod settle;
 use std::path::Path;
 
 use vmpatch_introspect::Target;
-use vmpatch_introspect::modules::ModulePlace;
 
 pub use known::{Known, KnownPatch, Source, State};
 pub use ledger::{AdmitError, Ledger};
 pub use report::{Damage, LastChange, PatchReport, Report, StalePatch};
 pub use settle::{Interrupted, Verdict};
 
+use crate::arena::Loaded;
 use crate::journal::{Folder, JournalError, LockError};
 
 /// What holds in the guest's boot `boot`, by the journal in `folder` and the guest itself. The guest runs on.
 /// Where another vmpatch is at work, or the journal cannot be read, the report says so and tells the rest.
 #[must_use]
-pub fn report(folder: &Path, vm: &dyn Target, boot: &str, loaded: &[ModulePlace]) -> Report {
+pub fn report(folder: &Path, vm: &dyn Target, boot: &str, loaded: Loaded<'_>) -> Report {
     match Ledger::open(folder, vm, boot, loaded) {
         Ok(ledger) => of_ledger(&ledger, vm),
         Err(why) => without_ledger(folder, vm, (boot, loaded), &why),
@@ -46,7 +46,7 @@ fn of_ledger(ledger: &Ledger, vm: &dyn Target) -> Report {
 fn without_ledger(
     folder: &Path,
     vm: &dyn Target,
-    (boot, loaded): (&str, &[ModulePlace]),
+    (boot, loaded): (&str, Loaded<'_>),
     trouble: &JournalError,
 ) -> Report {
     let mut notes = vec![trouble.to_string()];

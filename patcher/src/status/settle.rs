@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use vmpatch_introspect::target::{Edit, StopRequest};
 use vmpatch_introspect::{PhysicalMemory, Target};
 
+use crate::arena::Loaded;
 use crate::journal::{Begun, Ending, Entry, Journal, JournalError, Operation, history, now_ms};
 
 /// What became of an interrupted change.
@@ -51,13 +52,18 @@ pub struct Interrupted {
 
 /// Judges the open change of a journal, if there is one. Records nothing. What cannot be read is damaged.
 #[must_use]
-pub fn judge(entries: &[Entry], boot: &str, vm: &dyn Target) -> Option<(u64, Interrupted)> {
+pub fn judge(
+    entries: &[Entry],
+    boot: &str,
+    vm: &dyn Target,
+    loaded: Loaded<'_>,
+) -> Option<(u64, Interrupted)> {
     let (number, begun) = history::open(entries)?;
     let interrupted = Interrupted {
         operation: begun.operation,
         patch: begun.patch.name.clone(),
         unix_ms: begun.unix_ms,
-        verdict: verdict(begun, boot, vm),
+        verdict: verdict(begun, boot, vm, loaded),
         recorded: false,
     };
     Some((number, interrupted))
@@ -91,21 +97,35 @@ pub fn record(
     Ok(interrupted)
 }
 
-fn verdict(begun: &Begun, boot: &str, vm: &dyn Target) -> Verdict {
+fn verdict(begun: &Begun, boot: &str, vm: &dyn Target, loaded: Loaded<'_>) -> Verdict {
     if begun.boot != boot {
         return Verdict::Stale;
     }
     match vm.stop(StopRequest::default()) {
-        Ok(stopped) => live_verdict(begun, stopped.memory()),
+        Ok(stopped) => live_verdict(begun, stopped.memory(), loaded),
         Err(_) => Verdict::Unsettled,
     }
 }
 
-fn live_verdict(begun: &Begun, memory: &dyn PhysicalMemory) -> Verdict {
-    // The sites alone tell: page-table entries of the same batch belong to whoever maps the arena.
-    let edits = match begun.operation {
-        Operation::Apply => begun.patch.apply_edits(),
-        Operation::Rollback => begun.edits.clone(),
+fn live_verdict(begun: &Begun, memory: &dyn PhysicalMemory, loaded: Loaded<'_>) -> Verdict {
+    // The sites alone tell: page-table entries of the same batch belong to whoever maps the arena. What lay in a module that
+    // is gone since tells nothing.
+    let unloaded = begun.patch.unloaded(loaded, memory);
+    let kept: Vec<_> = begun
+        .patch
+        .sites_outside(&unloaded)
+        .flat_map(|site| &site.edits)
+        .collect();
+    let of_site = |edit: &Edit| {
+        let mut all = begun.patch.sites.iter().flat_map(|site| &site.edits);
+        all.any(|it| it.at == edit.at)
+    };
+    let edits: Vec<_> = match begun.operation {
+        Operation::Apply => kept.into_iter().cloned().collect(),
+        Operation::Rollback => {
+            let is_left = |edit: &&Edit| !of_site(edit) || kept.iter().any(|it| it.at == edit.at);
+            begun.edits.iter().filter(is_left).cloned().collect()
+        }
     };
     if edits.iter().all(|edit| holds(memory, edit, &edit.old)) {
         Verdict::NotWritten

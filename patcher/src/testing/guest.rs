@@ -113,7 +113,7 @@ impl Witness for ScriptedGuest {
         Ok(self.same_modules.get())
     }
 
-    fn is_live(&self, _module: &ModuleClaim) -> bool {
+    fn is_live(&self, _module: &ModuleClaim, _memory: &dyn PhysicalMemory) -> bool {
         self.same_modules.get()
     }
 

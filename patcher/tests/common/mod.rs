@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use vmpatch_introspect::Gpa;
 use vmpatch_introspect::target::StopRequest;
 use vmpatch_patcher::apply::{Attempted, Change, Failure, Observer, Schedule, Unobserved};
+use vmpatch_patcher::arena::Loaded;
 use vmpatch_patcher::journal::{Entry, Folder};
 use vmpatch_patcher::rollback;
 use vmpatch_patcher::status::{self, Ledger, Report, State};
@@ -84,11 +85,11 @@ impl Bench {
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
-        Ledger::open(self.folder.path(), &self.machine, BOOT, &[]).unwrap()
+        Ledger::open(self.folder.path(), &self.machine, BOOT, Loaded::default()).unwrap()
     }
 
     pub(crate) fn report(&self) -> Report {
-        status::report(self.folder.path(), &self.machine, BOOT, &[])
+        status::report(self.folder.path(), &self.machine, BOOT, Loaded::default())
     }
 
     pub(crate) fn state(&self, name: &str) -> Option<State> {

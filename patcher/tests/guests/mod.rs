@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use vmpatch_introspect::address::PAGE_SIZE;
-use vmpatch_introspect::modules::Module;
+use vmpatch_introspect::modules::{Module, ModulePlace};
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Dump, Gpa, GpaRange, Kernel, PhysicalMemory};
 use vmpatch_patcher::arena::ArenaWrite;
@@ -30,6 +30,7 @@ pub(crate) struct Guest {
     pub(crate) kernel: Kernel,
     /// Its modules.
     pub(crate) modules: Vec<Module>,
+    places: Vec<ModulePlace>,
     dump: Dump,
     pages: RefCell<BTreeMap<u64, Vec<u8>>>,
 }
@@ -85,6 +86,7 @@ impl Guest {
         let modules = kernel.modules(&dump).unwrap();
         Self {
             kernel,
+            places: modules.iter().map(Module::place).collect(),
             modules,
             dump,
             pages: RefCell::default(),
@@ -93,7 +95,9 @@ impl Guest {
 
     /// How linking sees it.
     pub(crate) fn view(&self) -> link::Guest<'_> {
-        link::Guest::new(&self.kernel, self).with_modules(&self.modules)
+        link::Guest::new(&self.kernel, self)
+            .with_modules(&self.modules)
+            .with_places(&self.places)
     }
 
     /// Undoes every write.
