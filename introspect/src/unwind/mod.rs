@@ -8,11 +8,10 @@
 //!   a stack ── memory: one plain copy ──▶ walk (by ORC) or chain (by frame pointers) ──▶ Trace
 //! ```
 //!
-//! Code that a patch put into the arena lies in no text of the kernel's and has no unwind data. A stack with
-//! a frame there keeps the frames up to it, goes on by guess, and is unreliable
-//! ([`NoUnwindData`](Unreliable::NoUnwindData)): whoever must know what stands on it reads every word of its
-//! memory. So a task that sleeps in a patched function does not block other patches, unless a word of its
-//! stack, stale or not, points into what they change.
+//! Code that a patch put into the arena lies in no text of the kernel's. Where the patch brought unwind data
+//! along ([`Unwinder::cover`]) it is followed like any other; where it did not, a stack with a frame there keeps
+//! the frames up to it, goes on by guess, and is unreliable ([`NoUnwindData`](Unreliable::NoUnwindData)): whoever
+//! must know what stands on it reads every word of its memory.
 
 mod chain;
 mod hidden;

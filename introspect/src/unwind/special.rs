@@ -20,16 +20,6 @@ const THUNKS: [&str; 16] = [
     "r13", "r14", "r15",
 ];
 
-/// On the first instruction of a function nothing is pushed but the return address.
-const FUNCTION_START: Entry = Entry {
-    sp_offset: 8,
-    bp_offset: 0,
-    sp: Base::Sp,
-    bp: Base::Undefined,
-    kind: Kind::Call,
-    signal: false,
-};
-
 /// A whole `struct pt_regs` at the stack pointer.
 const REGISTERS: Entry = Entry {
     sp_offset: 0,
@@ -82,9 +72,11 @@ impl Special {
     /// What holds at `ip` instead of an entry of this kind; `called` if `ip` is a return address.
     pub(crate) fn instead(&self, ip: u64, kind: Kind, called: bool) -> Option<Entry> {
         match kind {
-            Kind::Undefined | Kind::EndOfStack if !called => {
-                self.thunks.binary_search(&ip).ok().map(|_| FUNCTION_START)
-            }
+            Kind::Undefined | Kind::EndOfStack if !called => self
+                .thunks
+                .binary_search(&ip)
+                .ok()
+                .map(|_| Entry::FUNCTION_START),
             Kind::RegsPartial => self
                 .after_error_entry
                 .binary_search(&ip)
@@ -137,14 +129,14 @@ mod tests {
         };
         assert_eq!(
             special.instead(0x1000, Kind::Undefined, false),
-            Some(FUNCTION_START)
+            Some(Entry::FUNCTION_START)
         );
         assert_eq!(special.instead(0x1000, Kind::Undefined, true), None);
         assert_eq!(special.instead(0x1002, Kind::Undefined, false), None);
         assert_eq!(special.instead(0x1000, Kind::Call, false), None);
         assert_eq!(
             special.instead(0x1000, Kind::EndOfStack, false),
-            Some(FUNCTION_START)
+            Some(Entry::FUNCTION_START)
         );
     }
 

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::hidden::Hooked;
 use super::orc::raw::ENTRY_SIZE;
-use super::orc::{Base, Format, Kind};
+use super::orc::{Base, Entry, Format, Kind, TableError};
 use super::*;
 use crate::address::GvaRange;
 use crate::vcpu::{Vcpu, test_vcpu};
@@ -128,6 +128,70 @@ fn kthread() -> (Unwinder, Vec<(u64, u64)>, u64) {
         (saved + 88, within(2)),
     ];
     (unwinder, words, saved)
+}
+
+const ARENA: u64 = 0xffff_ffff_ff00_3000;
+
+/// Calls with so many bytes between the stack pointer and that of the caller.
+fn pushed(bytes: i16) -> Entry {
+    Entry {
+        sp_offset: bytes,
+        ..Entry::FUNCTION_START
+    }
+}
+
+/// The kernel of [`kthread`], whose worker is not in it but in code of a patch, with 24 bytes pushed.
+fn in_a_patch() -> (Unwinder, Vec<(u64, u64)>, u64) {
+    let (unwinder, mut words, saved) = kthread();
+    words[2].1 = ARENA + 0x20;
+    (unwinder, words, saved)
+}
+
+#[test]
+fn a_frame_in_code_of_a_patch_is_followed_by_the_table_that_came_with_it() {
+    let (mut unwinder, words, saved) = in_a_patch();
+    let before = sleeping(&unwinder, &words, saved);
+    let unknown = Unreliable::NoUnwindData(Gva(ARENA + 0x20));
+    assert_eq!(before.unreliable, Some(unknown.clone()));
+    let rows = [
+        (Gva(ARENA), Entry::FUNCTION_START),
+        (Gva(ARENA + 4), pushed(16)),
+        (Gva(ARENA + 0x40), Entry::UNDEFINED),
+    ];
+    unwinder.cover(&rows).unwrap();
+    let trace = sleeping(&unwinder, &words, saved);
+    assert_eq!(ips(&trace), [within(0), ARENA + 0x20, within(2)]);
+    assert_eq!(trace.unreliable, None);
+}
+
+#[test]
+fn where_the_table_of_a_patch_knows_nothing_its_code_is_as_without() {
+    let (mut unwinder, words, saved) = in_a_patch();
+    let rows = [
+        (Gva(ARENA), pushed(16)),
+        (Gva(ARENA + 0x10), Entry::UNDEFINED),
+        (Gva(ARENA + 0x30), pushed(16)),
+    ];
+    unwinder.cover(&rows).unwrap();
+    let trace = sleeping(&unwinder, &words, saved);
+    let unknown = Unreliable::NoUnwindData(Gva(ARENA + 0x20));
+    assert_eq!(trace.unreliable, Some(unknown));
+    assert_eq!(
+        unwinder.cover(&[rows[2], rows[0]]),
+        Err(TableError::Unsorted(1))
+    );
+}
+
+#[test]
+fn no_table_of_a_patch_says_anything_of_the_kernels_own_text() {
+    let (mut unwinder, words, saved) = kthread();
+    let before = sleeping(&unwinder, &words, saved);
+    let rows = [
+        (Gva(TEXT + 0x100), pushed(64)),
+        (Gva(TEXT + 0x1000), Entry::UNDEFINED),
+    ];
+    unwinder.cover(&rows).unwrap();
+    assert_eq!(sleeping(&unwinder, &words, saved), before);
 }
 
 #[test]

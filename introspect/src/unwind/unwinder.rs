@@ -16,7 +16,7 @@ use super::hidden::{Hidden, Hooks};
 use super::memory::{StackKind, StackMemory, StackPool, StackSource, StackSpan};
 use super::orc::raw::{ENTRY_SIZE, HEADER_SIZE};
 use super::orc::table::MAX_ENTRIES;
-use super::orc::{Entry, Format, Table, TableError};
+use super::orc::{Entry, Format, Kind, Table, TableError};
 use super::special::Special;
 use super::walk::{Code, Start, Walk};
 use super::{Frame, FrameKind, Trace, pt_regs};
@@ -144,6 +144,29 @@ impl Unwinder {
         };
         unwinder.insert(text, None);
         unwinder
+    }
+
+    /// Takes in what holds in code that no table of the kernel's covers: rows by address, ascending. From an undefined
+    /// row to the next one nothing is known. Text of the kernel and of its modules keeps its own table, and a kernel
+    /// whose frames are found by frame pointers needs none.
+    ///
+    /// # Errors
+    /// [`TableError`]; nothing was taken in.
+    pub fn cover(&mut self, rows: &[(Gva, Entry)]) -> Result<(), TableError> {
+        if self.format.is_none() {
+            return Ok(());
+        }
+        let (ips, entries): (Vec<u64>, Vec<Entry>) =
+            rows.iter().map(|(at, entry)| (at.0, *entry)).unzip();
+        let ranges = covered(rows);
+        self.tables.push(Table::of(&ips, entries)?);
+        let table = Some(self.tables.len() - 1);
+        for range in ranges {
+            if !self.regions.iter().any(|it| it.range.overlaps(&range)) {
+                self.insert_region(Region { range, table });
+            }
+        }
+        Ok(())
     }
 
     /// How ORC entries of this kernel are stored; `None` for a kernel without ORC.
@@ -419,6 +442,26 @@ fn refuse(why: &TableError) -> AttachError {
         what: "ORC unwind tables",
         why: why.to_string(),
     }
+}
+
+/// From each row that says something to the next one that does not.
+fn covered(rows: &[(Gva, Entry)]) -> Vec<GvaRange> {
+    let mut ranges = Vec::new();
+    let mut start = None;
+    for (at, entry) in rows {
+        match (start, entry.kind) {
+            (Some(from), Kind::Undefined) => {
+                ranges.push(GvaRange {
+                    start: from,
+                    end: *at,
+                });
+                start = None;
+            }
+            (None, Kind::Undefined) | (Some(_), _) => {}
+            (None, _) => start = Some(*at),
+        }
+    }
+    ranges
 }
 
 /// Both tables: each ip is stored as a 32-bit offset from its own place (Linux v6.12

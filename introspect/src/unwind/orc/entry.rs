@@ -1,7 +1,10 @@
 //! One ORC entry in its normal form, whatever format it was stored in.
 
+use serde::{Deserialize, Serialize};
+
 /// What a frame's previous stack pointer or frame pointer is counted from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum Base {
     /// The register did not change in this frame.
@@ -31,7 +34,8 @@ pub enum Base {
 }
 
 /// What lies at the previous stack pointer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum Kind {
     /// Nothing is known: code without unwind data, or the gap after a section.
@@ -49,7 +53,7 @@ pub enum Kind {
 }
 
 /// How to get from a frame to the one before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// Added to `sp`.
     pub sp_offset: i16,
@@ -66,6 +70,26 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// On the first instruction of a function nothing is pushed but the return address.
+    pub const FUNCTION_START: Self = Self {
+        sp_offset: 8,
+        bp_offset: 0,
+        sp: Base::Sp,
+        bp: Base::Undefined,
+        kind: Kind::Call,
+        signal: false,
+    };
+
+    /// Nothing is known from here on.
+    pub const UNDEFINED: Self = Self {
+        sp_offset: 0,
+        bp_offset: 0,
+        sp: Base::Undefined,
+        bp: Base::Undefined,
+        kind: Kind::Undefined,
+        signal: false,
+    };
+
     /// What the kernel assumes of code that ORC does not cover: a frame pointer. Only a guess (Linux
     /// v6.12 `arch/x86/kernel/unwind_orc.c`, `orc_fp_entry`).
     pub const FRAME_POINTER_GUESS: Self = Self {

@@ -98,18 +98,24 @@ impl Format {
     }
 
     /// The format of a table without a header, which kernels up to 6.4 (and distributions that took
-    /// over the newer format without it) have. Read off the entries, nearly all of which are calls:
-    /// stored as type 0 before 6.4, as type 2 since; and only 6.3 marks interrupt frames in bit 10.
+    /// over the newer format without it) have, and objects of every version. Read off the entries, nearly all of
+    /// which are calls: stored as type 0 before 6.4, as type 2 since; and only 6.3 marks interrupt frames in
+    /// bit 10. Nearly all count from rsp, which is register 5 up to 7.0, 3 since.
     #[must_use]
     pub fn from_entries(stored: &[u8]) -> Self {
         let (mut older, mut newer, mut marked) = (0_usize, 0_usize, 0_usize);
+        let (mut five, mut three) = (0_usize, 0_usize);
         for entry in stored.as_chunks::<ENTRY_SIZE>().0 {
             let flags = u16::from_le_bytes([entry[4], entry[5]]);
             older += usize::from((flags >> 8) & 3 == 0 && flags & 0xf != 0);
             newer += usize::from((flags >> 8) & 7 == 2 && flags & 0xf != 0);
             marked += usize::from((flags >> 8) & 3 != 0 && flags & (1 << 10) != 0);
+            five += usize::from(flags & 0xf == 5);
+            three += usize::from(flags & 0xf == 3);
         }
-        if newer > older {
+        if newer > older && three > five {
+            Self::V7_1
+        } else if newer > older {
             Self::V6_4
         } else if marked > 0 {
             Self::V6_3
@@ -270,6 +276,10 @@ mod tests {
         assert_eq!(
             Format::from_entries(&table(&[0x205, 0x205, 0xb05, 0x100])),
             Format::V6_4
+        );
+        assert_eq!(
+            Format::from_entries(&table(&[0x203, 0x203, 0x204, 0x100])),
+            Format::V7_1
         );
     }
 }

@@ -57,19 +57,31 @@ impl Table {
     /// [`TableError`].
     pub fn new(format: Format, ips: &[u64], stored: &[u8]) -> Result<Self, TableError> {
         let stored = stored.as_chunks::<ENTRY_SIZE>().0;
-        if ips.len() > MAX_ENTRIES {
-            return Err(TableError::TooLarge(ips.len()));
+        if stored.len() > MAX_ENTRIES {
+            return Err(TableError::TooLarge(stored.len()));
         }
-        if ips.len() != stored.len() {
+        let entries = stored.iter().map(|&bytes| format.decode(bytes)).collect();
+        Self::of(ips, entries)
+    }
+
+    /// A table of entries that are decoded already. `ips` are addresses, ascending, one for each.
+    ///
+    /// # Errors
+    /// [`TableError`].
+    pub fn of(ips: &[u64], entries: Vec<Entry>) -> Result<Self, TableError> {
+        let (ips_len, len) = (ips.len(), entries.len());
+        if ips_len > MAX_ENTRIES {
+            return Err(TableError::TooLarge(ips_len));
+        }
+        if ips_len != len {
             return Err(TableError::Uneven {
-                ips: ips.len(),
-                entries: stored.len(),
+                ips: ips_len,
+                entries: len,
             });
         }
         let start = *ips.first().ok_or(TableError::Empty)?;
         let offsets = offsets(start, ips)?;
         let blocks = index(&offsets);
-        let entries = stored.iter().map(|&bytes| format.decode(bytes)).collect();
         Ok(Self {
             start,
             offsets,
