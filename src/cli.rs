@@ -253,6 +253,9 @@ pub(crate) struct Change {
     pub(crate) vm: OneVm,
     /// The patch file.
     pub(crate) patch: PathBuf,
+    /// Undo all other patches in the same stop: the patch takes the place of them all, also of one of its own name.
+    #[arg(long)]
+    pub(crate) replace: bool,
     /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub(crate) timeout: Duration,
@@ -263,7 +266,7 @@ pub(crate) struct Change {
 pub(crate) struct Apply {
     #[command(flatten)]
     pub(crate) change: Change,
-    /// Refuse a patch for a module that is not loaded, rather than hold it.
+    /// Refuse a patch for a module that is not loaded, rather than hold it. With --replace none is held.
     #[arg(long)]
     pub(crate) strict: bool,
 }

@@ -10,6 +10,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use vmpatch_introspect::modules::{Module, ModulePlace};
 use vmpatch_introspect::target::StopRequest;
 use vmpatch_patcher::apply::{
     Attempt, Attempted, Boundary, Change, Failure as Unapplied, Observer, Rehearsed, Schedule,
@@ -18,6 +19,7 @@ use vmpatch_patcher::apply::{
 use vmpatch_patcher::arena::{Arena, PatchRecord};
 use vmpatch_patcher::journal::Intent;
 use vmpatch_patcher::link::Plan;
+use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::link::live::Guest;
 use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::quiescence::NotQuiet;
@@ -33,28 +35,20 @@ use crate::live::{Live, Tables};
 pub(crate) struct Changed {
     /// The patch.
     pub(crate) record: PatchRecord,
+    /// Patches that were undone for it.
+    pub(crate) replaced: Vec<String>,
     /// What became of each function, where it was applied.
     pub(crate) functions: Vec<FunctionReport>,
     /// The stop that made it.
     pub(crate) attempted: Attempted,
 }
 
-/// Puts a patch into the running kernel.
-pub(crate) fn apply(
-    id: &str,
-    patch: &Path,
-    timeout: Duration,
-    watch: &dyn Observer,
-) -> Result<Changed, Failure> {
-    let parsed = open(patch, watch)?;
-    let live = attach(id, watch)?;
-    let (verified, ledger) = fit(&parsed, &live, watch)?;
-    let change = Change::apply(&verified, live.vm())?;
-    let changed = switch(ledger, change, &live, timeout, watch)?;
-    Ok(Changed {
-        functions: verified.functions,
-        ..changed
-    })
+/// A patch, and the guest that it is for.
+pub(crate) struct Candidate {
+    file: PatchFile,
+    live: Live,
+    /// Loaded modules, where the patch changes any.
+    modules: Vec<Module>,
 }
 
 /// A patch that could have been applied.
@@ -65,33 +59,96 @@ pub(crate) struct Checked {
     pub(crate) attempted: Attempted<Rehearsed>,
 }
 
-/// Goes through every gate of an apply, and writes nothing.
-pub(crate) fn check(
-    id: &str,
-    patch: &Path,
-    timeout: Duration,
-    watch: &dyn Observer,
-) -> Result<Checked, Failure> {
-    let parsed = open(patch, watch)?;
+/// Opens the patch file and finds the guest's kernel.
+pub(crate) fn meet(id: &str, patch: &Path, watch: &dyn Observer) -> Result<Candidate, Failure> {
+    let file = PatchFile::open(patch)?;
+    watch.boundary(Boundary::Parsed);
     let live = attach(id, watch)?;
-    let (verified, _ledger) = fit(&parsed, &live, watch)?;
-    let change = Change::apply(&verified, live.vm())?;
-    let mut tables = Tables::load(&live)?;
-    let attempted = Schedule::until(timeout).run(watch, || {
-        tables
-            .refresh(&live, change.busy())
-            .map_err(NotQuiet::Unknown)?;
-        rehearse(
-            &change,
-            live.vm(),
-            &tables.witness(&live),
-            StopRequest::for_change(),
-        )
-    })?;
-    Ok(Checked {
-        verified,
-        attempted,
+    // The symbols of all modules are only read where some are to be changed.
+    let modules = match file.patch().modules().is_empty() {
+        true => Vec::new(),
+        false => live.modules()?,
+    };
+    Ok(Candidate {
+        file,
+        live,
+        modules,
     })
+}
+
+impl Candidate {
+    /// The modules that the patch changes and that are not loaded. Those that are just coming or going count as loaded: it is
+    /// for linking to say what is wrong with them.
+    pub(crate) fn absent_modules(&self) -> Vec<String> {
+        let wanted = self.file.patch().modules().into_iter();
+        let is_absent = |name: &&str| !self.modules.iter().any(|module| module.name == *name);
+        wanted.filter(is_absent).map(str::to_owned).collect()
+    }
+
+    /// Keeps the patch until its modules are loaded.
+    pub(crate) fn hold(&self) -> Result<&PatchFile, Failure> {
+        self.live.held().keep(&self.file)?;
+        Ok(&self.file)
+    }
+
+    /// Goes through every gate of an apply, and writes nothing.
+    pub(crate) fn check(
+        self,
+        stacking: Stacking,
+        timeout: Duration,
+        watch: &dyn Observer,
+    ) -> Result<Checked, Failure> {
+        let (verified, _ledger) = self.fit(stacking, watch)?;
+        let live = &self.live;
+        let change = Change::apply(&verified, live.vm())?;
+        let mut tables = Tables::load(live)?;
+        let attempted = Schedule::until(timeout).run(watch, || {
+            tables
+                .refresh(live, change.busy())
+                .map_err(NotQuiet::Unknown)?;
+            let request = StopRequest::for_change();
+            rehearse(&change, live.vm(), &tables.witness(live), request)
+        })?;
+        Ok(Checked {
+            verified,
+            attempted,
+        })
+    }
+
+    /// Puts the patch into the running kernel.
+    pub(crate) fn apply(
+        self,
+        stacking: Stacking,
+        timeout: Duration,
+        watch: &dyn Observer,
+    ) -> Result<Changed, Failure> {
+        let (verified, ledger) = self.fit(stacking, watch)?;
+        let change = Change::apply(&verified, self.live.vm())?;
+        let changed = switch(ledger, change, &self.live, timeout, watch)?;
+        Ok(Changed {
+            functions: verified.functions,
+            ..changed
+        })
+    }
+
+    /// Every step that needs neither a stop nor a write: the patch is proved to fit this guest.
+    fn fit(&self, stacking: Stacking, watch: &dyn Observer) -> Result<(Verified, Ledger), Failure> {
+        let live = &self.live;
+        let places = live.places()?;
+        let ledger = ledger(live, &places)?;
+        let digest = self.file.digest().to_string();
+        ledger.admit(&self.file.patch().name, &digest, stacking)?;
+        let layers = ledger.layers(stacking)?;
+        let guest = Guest::new(&live.kernel, live.vm())
+            .with_modules(&self.modules)
+            .with_places(&places);
+        let arena = Arena::open(&live.kernel, live.vm(), live.arena()?)?;
+        let plan = Plan::link(&self.file, &guest, &arena, &layers)?;
+        watch.boundary(Boundary::Linked);
+        let verified = verify(plan, &guest, &arena)?;
+        watch.boundary(Boundary::Verified);
+        Ok((verified, ledger))
+    }
 }
 
 /// Patches that wait for a module of this VM.
@@ -99,37 +156,10 @@ pub(crate) fn held(id: &str) -> Result<Held, Failure> {
     crate::live::held(id)
 }
 
-/// The modules that a patch changes and that are not loaded. Those that are just coming or going count as loaded: it is for
-/// linking to say what is wrong with them.
-pub(crate) fn absent_modules(
-    id: &str,
-    patch: &Path,
-    watch: &dyn Observer,
-) -> Result<Vec<String>, Failure> {
-    let parsed = open(patch, watch)?;
-    let wanted = parsed.patch().modules();
-    if wanted.is_empty() {
-        return Ok(Vec::new());
-    }
-    let loaded = attach(id, watch)?.modules()?;
-    let is_absent = |name: &&str| !loaded.iter().any(|module| module.name == *name);
-    Ok(wanted
-        .into_iter()
-        .filter(is_absent)
-        .map(str::to_owned)
-        .collect())
-}
-
 /// What has to be rolled back for a patch, the patch itself the last.
 pub(crate) fn cascade(id: &str, patch: &str, watch: &dyn Observer) -> Result<Vec<String>, Failure> {
     let live = attach(id, watch)?;
-    let places = live.places()?;
-    let ledger = Ledger::open(
-        &live.journal(),
-        live.vm(),
-        live.boot(),
-        live.loaded(&places),
-    )?;
+    let ledger = ledger(&live, &live.places()?)?;
     Ok(rollback::cascade(&ledger, patch))
 }
 
@@ -141,21 +171,9 @@ pub(crate) fn roll_back(
     watch: &dyn Observer,
 ) -> Result<Changed, Failure> {
     let live = attach(id, watch)?;
-    let places = live.places()?;
-    let ledger = Ledger::open(
-        &live.journal(),
-        live.vm(),
-        live.boot(),
-        live.loaded(&places),
-    )?;
+    let ledger = ledger(&live, &live.places()?)?;
     let change = rollback::change(&ledger, patch)?;
     switch(ledger, change, &live, timeout, watch)
-}
-
-fn open(patch: &Path, watch: &dyn Observer) -> Result<PatchFile, Failure> {
-    let parsed = PatchFile::open(patch)?;
-    watch.boundary(Boundary::Parsed);
-    Ok(parsed)
 }
 
 fn attach(id: &str, watch: &dyn Observer) -> Result<Live, Failure> {
@@ -164,34 +182,10 @@ fn attach(id: &str, watch: &dyn Observer) -> Result<Live, Failure> {
     Ok(live)
 }
 
-/// Every step that needs neither a stop nor a write: the patch is proved to fit this guest.
-fn fit(
-    parsed: &PatchFile,
-    live: &Live,
-    watch: &dyn Observer,
-) -> Result<(Verified, Ledger), Failure> {
-    let places = live.places()?;
-    let ledger = Ledger::open(
-        &live.journal(),
-        live.vm(),
-        live.boot(),
-        live.loaded(&places),
-    )?;
-    ledger.admit(&parsed.patch().name, &parsed.digest().to_string())?;
-    // The symbols of all modules are only read where some are to be changed.
-    let modules = match parsed.patch().modules().is_empty() {
-        true => Vec::new(),
-        false => live.modules()?,
-    };
-    let guest = Guest::new(&live.kernel, live.vm())
-        .with_modules(&modules)
-        .with_places(&places);
-    let arena = Arena::open(&live.kernel, live.vm(), live.arena()?)?;
-    let plan = Plan::link(parsed, &guest, &arena)?;
-    watch.boundary(Boundary::Linked);
-    let verified = verify(plan, &guest, &arena)?;
-    watch.boundary(Boundary::Verified);
-    Ok((verified, ledger))
+/// The journal, settled, and what is known of the guest's patches.
+fn ledger(live: &Live, places: &[ModulePlace]) -> Result<Ledger, Failure> {
+    let (folder, loaded) = (live.journal(), live.loaded(places));
+    Ok(Ledger::open(&folder, live.vm(), live.boot(), loaded)?)
 }
 
 /// The one way to write to a guest: a durable intent, then attempts until the guest is quiet.
@@ -202,13 +196,14 @@ fn switch(
     timeout: Duration,
     watch: &dyn Observer,
 ) -> Result<Changed, Failure> {
-    let record = change.patch().clone();
+    let (record, replaced) = (change.patch().clone(), change.replaced().to_vec());
     let tables = Tables::load(live)?;
     let intent = ledger.begin(change, watch)?;
     let attempted = attempt(&intent, live, tables, timeout);
     let attempted = intent.conclude(live.vm(), attempted)?;
     Ok(Changed {
         record,
+        replaced,
         functions: Vec::new(),
         attempted,
     })

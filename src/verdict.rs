@@ -10,6 +10,7 @@ use vmpatch_patcher::arena::ArenaError;
 use vmpatch_patcher::build::BuildError;
 use vmpatch_patcher::journal::JournalError;
 use vmpatch_patcher::link::LinkError;
+use vmpatch_patcher::link::layers::LayerError;
 use vmpatch_patcher::patch::file::PatchFileError;
 use vmpatch_patcher::rollback::RollbackError;
 use vmpatch_patcher::status::AdmitError;
@@ -191,6 +192,7 @@ macro_rules! refused {
 refused!(
     AttachError,
     AdmitError,
+    LayerError,
     RollbackError,
     ChangeError,
     ArenaError,

@@ -15,6 +15,7 @@ use vmpatch_patcher::apply::{
     Unobserved, rehearse,
 };
 use vmpatch_patcher::journal::{Ending, Folder, history};
+use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::quiescence::{Finding, NotQuiet};
 use vmpatch_patcher::status::{State, Verdict};
 use vmpatch_patcher::testing::guest::sleeping;
@@ -33,10 +34,8 @@ fn covered_by_an_open_intent(folder: &Folder, seen: &WriteSeen) -> bool {
     } else {
         (&seen.old, &seen.new)
     };
-    let edit = begun
-        .edits
-        .iter()
-        .any(|it| it.at == seen.at && it.old == *old && it.new == *new);
+    let mut edits = begun.map.iter().chain(&begun.edits);
+    let edit = edits.any(|it| it.at == seen.at && it.old == *old && it.new == *new);
     let arena = begun.arena.iter().any(|it| {
         it.at == seen.at && (it.old == *old && it.new == *new || it.old == *new && it.new == *old)
     });
@@ -152,7 +151,12 @@ fn if_the_undo_fails_the_vm_stays_stopped_and_the_intent_stays_open() {
         (Verdict::Unsettled, false)
     );
     assert!(report.needs_attention());
-    assert!(bench.ledger().admit("a", "a-digest").is_err());
+    assert!(
+        bench
+            .ledger()
+            .admit("a", "a-digest", Stacking::Upon)
+            .is_err()
+    );
 }
 
 #[test]
@@ -485,7 +489,7 @@ fn a_change_whose_edits_could_not_be_one_batch_is_refused_before_the_intent() {
     let bench = Bench::new();
     let broken = |spoil: &dyn Fn(&mut Edit)| {
         let mut verified = sample::verified(&bench.machine, "a");
-        spoil(&mut verified.switch[0]);
+        spoil(&mut verified.switch.edits[0]);
         Change::apply(&verified, &bench.machine)
             .map(drop)
             .unwrap_err()
@@ -494,4 +498,63 @@ fn a_change_whose_edits_could_not_be_one_batch_is_refused_before_the_intent() {
     assert!(broken(&|edit| edit.old.truncate(4)).contains("differ in length"));
     assert!(broken(&|edit| (edit.old.clear(), edit.new.clear()).1).contains("empty"));
     assert!(broken(&|edit| edit.at = Gpa(0x1ffe)).contains("crosses a page"));
+}
+
+#[test]
+fn replacing_others_is_one_batch_that_waits_for_their_new_code_and_is_settled_whole() {
+    for crash in [false, true] {
+        let mut bench = Bench::new();
+        let text = bench.text();
+        bench.apply("a").unwrap();
+        bench.apply("b").unwrap();
+        assert_eq!(replacing(&bench).replaced(), ["b", "a"]);
+        // The code of either stands on a stack.
+        for patch in sample::manifest(&bench.machine).patches {
+            let new = patch.busy_for_rollback().next().unwrap().range.start;
+            bench.guest = ScriptedGuest::with(vec![sleeping("late", 5, &[new.0 + 9])]);
+            let change = replacing(&bench);
+            let failed = bench.make(bench.ledger(), change, &Unobserved).unwrap_err();
+            assert!(matches!(failed, Failure::Busy { .. }), "{failed}");
+            assert_eq!(bench.state("b"), Some(State::Applied));
+        }
+        bench.guest = ScriptedGuest::default();
+        let change = replacing(&bench);
+        if crash {
+            let intent = bench.ledger().begin(change, &Unobserved).unwrap();
+            let placed = intent.place(&bench.machine).unwrap();
+            let stopped = placed.stop(StopRequest::default()).unwrap();
+            let quiet = stopped.check_stacks(&bench.guest).unwrap();
+            quiet.switch().unwrap();
+            drop(intent);
+        } else {
+            bench.make(bench.ledger(), change, &Unobserved).unwrap();
+        }
+        let states = ["a", "b", "new"].map(|name| bench.state(name).unwrap());
+        assert_eq!(
+            states,
+            [State::NotApplied, State::NotApplied, State::Applied]
+        );
+        let entries = bench.entries();
+        let standing = history::standing(&entries, sample::BOOT);
+        let names: Vec<_> = standing.iter().map(|(_, it)| &it.patch.name).collect();
+        assert_eq!(names, ["new"]);
+        bench.rollback("new").unwrap();
+        assert_eq!(bench.text(), text);
+    }
+}
+
+#[test]
+fn a_patch_that_is_damaged_is_not_replaced() {
+    let bench = Bench::new();
+    bench.apply("a").unwrap();
+    bench.scribble();
+    let refused = bench.ledger().layers(Stacking::Replace).unwrap_err();
+    assert!(refused.to_string().contains("patch `a`"), "{refused}");
+}
+
+/// The change that applies `new` in the place of all that is there.
+fn replacing(bench: &Bench) -> Change {
+    let layers = bench.ledger().layers(Stacking::Replace).unwrap();
+    let verified = sample::verified_beside(&bench.machine, "new", &layers);
+    Change::apply(&verified, &bench.machine).unwrap()
 }

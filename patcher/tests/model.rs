@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use common::Bench;
 use proptest::prelude::*;
 use vmpatch_patcher::apply::{Boundary, Observer};
+use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::rollback::{self, RollbackError};
 use vmpatch_patcher::status::State;
 
@@ -58,7 +59,10 @@ struct Model {
 impl Model {
     fn apply(&mut self, name: &'static str, die_at: Option<Boundary>) {
         if self.applied.contains(&name) {
-            let refused = self.bench.ledger().admit(name, &format!("{name}-digest"));
+            let refused =
+                self.bench
+                    .ledger()
+                    .admit(name, &format!("{name}-digest"), Stacking::Upon);
             assert!(refused.is_err(), "{name} is applied already");
             return;
         }

@@ -10,6 +10,7 @@ use vmpatch_introspect::{Gpa, GpaRange};
 use vmpatch_patcher::apply::{Change, Unobserved};
 use vmpatch_patcher::arena::Loaded;
 use vmpatch_patcher::journal::{Ending, Folder, JournalError, LockError};
+use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::rollback::{self, RollbackError};
 use vmpatch_patcher::status::{self, AdmitError, Ledger, Source, State, Verdict};
 use vmpatch_patcher::testing::machine::{SLOT, SLOT_SIZE};
@@ -62,7 +63,7 @@ fn status_and_rollback_work_from_the_manifest_alone() {
         (State::Applied, Source::Manifest)
     );
     assert_eq!(
-        bench.ledger().admit("a", "a-digest"),
+        bench.ledger().admit("a", "a-digest", Stacking::Upon),
         Err(AdmitError::Applied {
             name: "a".to_owned()
         })
@@ -118,15 +119,21 @@ fn a_second_apply_and_another_patch_of_the_same_name_are_refused_each_in_its_own
     bench.apply("a").unwrap();
     let ledger = bench.ledger();
     assert_eq!(
-        ledger.admit("a", "a-digest").unwrap_err().to_string(),
+        ledger
+            .admit("a", "a-digest", Stacking::Upon)
+            .unwrap_err()
+            .to_string(),
         "patch a is applied already"
     );
-    let taken = ledger.admit("a", "other").unwrap_err().to_string();
+    let taken = ledger
+        .admit("a", "other", Stacking::Upon)
+        .unwrap_err()
+        .to_string();
     assert!(
         taken.contains("another patch named a is applied (digest a-digest)"),
         "{taken}"
     );
-    ledger.admit("b", "a-digest").unwrap();
+    ledger.admit("b", "a-digest", Stacking::Upon).unwrap();
 }
 
 #[test]
@@ -290,7 +297,7 @@ fn an_interrupted_change_whose_site_is_neither_stays_open_and_blocks_the_next() 
         );
     }
     assert!(matches!(
-        bench.ledger().admit("b", "b"),
+        bench.ledger().admit("b", "b", Stacking::Upon),
         Err(AdmitError::Open { .. })
     ));
     let change = Change::apply(&sample::verified(&bench.machine, "b"), &bench.machine).unwrap();

@@ -14,11 +14,12 @@ use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{Deadline, Dump, Kernel, PhysicalMemory, Target};
 use vmpatch_patcher::apply::{Attempt, Attempted, Change, Failure, Schedule, Unobserved};
 use vmpatch_patcher::arena::{Arena, Loaded, Manifest};
+use vmpatch_patcher::link::layers::{Layers, Stacking};
 use vmpatch_patcher::link::{self, Live, Plan};
 use vmpatch_patcher::patch::file::PatchFile;
 use vmpatch_patcher::quiescence::LiveKernel;
 use vmpatch_patcher::rollback;
-use vmpatch_patcher::status::{self, Ledger, State};
+use vmpatch_patcher::status::{self, Known, Ledger, State};
 use vmpatch_patcher::testing::Machine;
 use vmpatch_patcher::verify::verify;
 
@@ -83,15 +84,20 @@ impl Vm {
     }
 
     fn apply(&self, file: &PatchFile) -> Result<Attempted, Failure> {
+        self.apply_as(Stacking::Upon, file)
+    }
+
+    fn apply_as(&self, stacking: Stacking, file: &PatchFile) -> Result<Attempted, Failure> {
         let ledger = self.ledger();
         ledger
-            .admit(&file.patch().name, &file.digest().to_string())
+            .admit(&file.patch().name, &file.digest().to_string(), stacking)
             .unwrap();
-        self.make(ledger, self.change(file), &self.unwinder)
+        let change = self.change(file, &ledger.layers(stacking).unwrap());
+        self.make(ledger, change, &self.unwinder)
     }
 
     /// The change that applies a patch.
-    fn change(&self, file: &PatchFile) -> Change {
+    fn change(&self, file: &PatchFile, layers: &Layers) -> Change {
         let modules = self.kernel.modules(&self.machine).unwrap();
         let places = self.places();
         let guest = link::Guest::new(&self.kernel, &self.machine)
@@ -99,7 +105,7 @@ impl Vm {
             .with_places(&places);
         let slot = self.machine.arena().unwrap();
         let arena = Arena::open(&self.kernel, &self.machine, slot).unwrap();
-        let plan = Plan::link(file, &guest, &arena).unwrap();
+        let plan = Plan::link(file, &guest, &arena, layers).unwrap();
         let verified = verify(plan, &guest, &arena).unwrap();
         Change::apply(&verified, &self.machine).unwrap()
     }
@@ -263,7 +269,8 @@ fn a_module_that_leaves_between_linking_and_the_stop_is_not_touched() {
             .iter()
             .find(|it| it.patch().name == "dummy-length")
             .unwrap();
-        let change = vm.change(of_module);
+        let layers = vm.ledger().layers(Stacking::Upon).unwrap();
+        let change = vm.change(of_module, &layers);
         vm.unload("dummy");
         let text = vm.text();
         let unwinder = Unwinder::load(&vm.kernel, &vm.machine, &vm.places()).unwrap();
@@ -319,6 +326,75 @@ fn a_hook_is_placed_once_and_goes_with_the_last_patch_that_needs_it() {
     });
 }
 
+/// The same content under another name, which is another patch.
+fn renamed(file: &PatchFile, name: &str) -> PatchFile {
+    let mut patch = file.patch().clone();
+    name.clone_into(&mut patch.name);
+    PatchFile::new(patch).unwrap()
+}
+
+#[test]
+fn a_patch_that_replaces_all_others_undoes_them_in_its_stop_and_is_rolled_back_to_the_kernels_own_text()
+ {
+    each(|vm, samples| {
+        let text = vm.text();
+        let upper = renamed(sample(samples, "proc-version"), "upper");
+        let new = renamed(sample(samples, "proc-version"), "new");
+        vm.apply(&new).unwrap();
+        let alone = vm.text();
+        vm.rollback("new").unwrap();
+        let others = [
+            "loadavg-warn",
+            "uptime-fault",
+            "dummy-length",
+            "proc-version",
+        ];
+        for name in others {
+            vm.apply(sample(samples, name)).unwrap();
+        }
+        vm.apply(&upper).unwrap();
+        let stops = vm.machine.stops();
+        vm.apply_as(Stacking::Replace, &new).unwrap();
+        assert_eq!(vm.machine.stops(), stops + 1);
+        assert_eq!(vm.state("new"), Some(State::Applied));
+        for name in others.iter().chain(&["upper"]) {
+            assert_eq!(vm.state(name), Some(State::NotApplied), "{name}");
+            let said = vm.report().patches;
+            let said = said.into_iter().find(|it| it.name == *name).unwrap();
+            let by = said.last.unwrap().replaced_by;
+            assert_eq!(by.as_deref(), Some("new"), "{name}");
+        }
+        // But for where the jumps lead.
+        let changed = |now: &[u8]| -> Vec<usize> {
+            let bytes = now.iter().zip(&text).enumerate();
+            bytes
+                .filter(|(_, (a, b))| a != b)
+                .map(|(at, _)| at)
+                .collect()
+        };
+        let (now, alone) = (changed(&vm.text()), changed(&alone));
+        assert!(now.len() < 8 && now.iter().zip(&alone).all(|(a, b)| a.abs_diff(*b) < 5));
+        vm.rollback("new").unwrap();
+        assert!(vm.text() == text);
+    });
+}
+
+#[test]
+fn a_patch_that_replaces_others_keeps_the_hooks_that_it_needs_and_no_other() {
+    each(|vm, samples| {
+        let text = vm.text();
+        vm.apply(sample(samples, "loadavg-warn")).unwrap();
+        vm.apply(sample(samples, "uptime-fault")).unwrap();
+        let new = renamed(sample(samples, "loadavg-warn"), "new");
+        vm.apply_as(Stacking::Replace, &new).unwrap();
+        let hooks = &vm.manifest().patches[1].hooks;
+        let in_place = |at: usize| hooks[at].is_in_place(&vm.machine).unwrap();
+        assert_eq!((in_place(0), in_place(1)), (true, false));
+        vm.rollback("new").unwrap();
+        assert!(vm.text() == text);
+    });
+}
+
 #[test]
 fn a_hook_that_somebody_took_out_is_told_of() {
     each(|vm, samples| {
@@ -358,7 +434,8 @@ fn a_look_up_that_the_guest_itself_has_changed_is_not_hooked() {
             vm.machine.set(place, there);
             let slot = vm.machine.arena().unwrap();
             let arena = Arena::open(&vm.kernel, &vm.machine, slot).unwrap();
-            let refused = Plan::link(sample(samples, "loadavg-warn"), &guest, &arena);
+            let layers = Layers::of(&Known::default(), Stacking::Upon).unwrap();
+            let refused = Plan::link(sample(samples, "loadavg-warn"), &guest, &arena, &layers);
             let refused = refused.map(|_| ()).unwrap_err().to_string();
             assert!(refused.contains("`find_bug` cannot be hooked"), "{refused}");
             vm.machine.set(place, &before);

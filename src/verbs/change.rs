@@ -7,13 +7,14 @@ use serde_json::{Map, Value};
 use vmpatch_introspect::target::StopReport;
 use vmpatch_introspect::{Gva, GvaRange};
 use vmpatch_patcher::arena::{PatchRecord, SiteRole};
-use vmpatch_patcher::patch::{self, file::PatchFile};
+use vmpatch_patcher::link::layers::Stacking;
+use vmpatch_patcher::patch;
 use vmpatch_patcher::quiescence::Examined;
 use vmpatch_patcher::verify::FunctionReport;
 
 use crate::cli::{Apply, Change, Rollback};
 use crate::exit::Failure;
-use crate::flow;
+use crate::flow::{self, Candidate};
 use crate::report::{Output, table};
 use crate::watch::Watch;
 
@@ -27,6 +28,12 @@ struct Answer {
     /// Patches that were rolled back before it, because they lay upon it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cascaded: Vec<String>,
+    /// Patches that were undone for it in the same stop.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    replaced: Vec<String>,
+    /// Patches that waited for a module, and no longer do.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    withdrawn: Vec<String>,
     attempts: u32,
     stop_window_us: f64,
     stop_us: StopTimes,
@@ -91,20 +98,26 @@ fn microseconds(time: Duration) -> f64 {
 /// Goes through every gate and writes nothing.
 pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
     let watch = Watch::new(output.progress("checking"))?;
-    let checked = flow::check(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
+    let candidate = flow::meet(&asked.vm.vm, &asked.patch, &watch)?;
+    let checked = candidate.check(stacking(asked), asked.timeout, &watch)?;
     let (attempts, seen) = (checked.attempted.attempts, checked.attempted.applied);
     let stop = Stop {
         attempts,
         examined: seen.examined,
         report: seen.report,
     };
-    let answer = answer(
-        "checked",
-        &asked.vm.vm,
-        (&checked.verified.record, &checked.verified.functions),
-        stop,
-        &watch,
-    );
+    let verified = &checked.verified;
+    let undone = verified.switch.undone.iter();
+    let answer = Answer {
+        replaced: undone.map(|it| it.record.name.clone()).collect(),
+        ..answer(
+            "checked",
+            &asked.vm.vm,
+            (&verified.record, &verified.functions),
+            stop,
+            &watch,
+        )
+    };
     watch.finish();
     output.answer(&answer, |answer| {
         format!(
@@ -123,32 +136,43 @@ pub(crate) fn apply(asked: &Apply, output: &Output) -> Result<(), Failure> {
         strict,
     } = asked;
     let watch = Watch::new(output.progress("applying"))?;
-    if !strict {
-        let absent = flow::absent_modules(&asked.vm.vm, &asked.patch, &watch)?;
-        if !absent.is_empty() {
-            watch.finish();
-            return hold(asked, absent, output);
-        }
+    let candidate = flow::meet(&asked.vm.vm, &asked.patch, &watch)?;
+    let absent = candidate.absent_modules();
+    if !absent.is_empty() && !strict && !asked.replace {
+        watch.finish();
+        return hold(&candidate, &asked.vm.vm, absent, output);
     }
-    let changed = flow::apply(&asked.vm.vm, &asked.patch, asked.timeout, &watch)?;
-    report(
-        "applied",
-        &asked.vm.vm,
-        (&changed, Vec::new()),
-        &watch,
-        output,
-    );
+    let changed = candidate.apply(stacking(asked), asked.timeout, &watch)?;
+    let withdrawn = match asked.replace {
+        true => withdraw_all(&asked.vm.vm, output)?,
+        false => Vec::new(),
+    };
+    let aside = Aside {
+        withdrawn,
+        ..Aside::default()
+    };
+    report("applied", &asked.vm.vm, (&changed, aside), &watch, output);
     Ok(())
 }
 
+const fn stacking(asked: &Change) -> Stacking {
+    match asked.replace {
+        true => Stacking::Replace,
+        false => Stacking::Upon,
+    }
+}
+
 /// Keeps a patch until its modules are loaded.
-fn hold(asked: &Change, absent: Vec<String>, output: &Output) -> Result<(), Failure> {
-    let vm = &asked.vm.vm;
-    let file = PatchFile::open(&asked.patch)?;
-    flow::held(vm)?.keep(&file)?;
+fn hold(
+    candidate: &Candidate,
+    vm: &str,
+    absent: Vec<String>,
+    output: &Output,
+) -> Result<(), Failure> {
+    let file = candidate.hold()?;
     let answer = HeldAnswer {
         result: "pending",
-        vm: vm.clone(),
+        vm: vm.to_owned(),
         patch: file.patch().name.clone(),
         digest: file.digest().to_string(),
         absent,
@@ -162,6 +186,20 @@ fn hold(asked: &Change, absent: Vec<String>, output: &Output) -> Result<(), Fail
         )
     });
     Ok(())
+}
+
+/// Lets go of all that wait; their names.
+fn withdraw_all(vm: &str, output: &Output) -> Result<Vec<String>, Failure> {
+    let held = flow::held(vm)?;
+    let (waiting, notes) = held.all()?;
+    notes.iter().for_each(|note| output.note(note));
+    let mut names = Vec::new();
+    for patch in waiting {
+        if held.release(&patch.patch)? {
+            names.push(patch.patch);
+        }
+    }
+    Ok(names)
 }
 
 /// Lets go of a patch that only waits: nothing of it is in the guest.
@@ -214,14 +252,25 @@ pub(crate) fn roll_back(asked: &Rollback, output: &Output) -> Result<(), Failure
     }
     let watch = Watch::new(output.progress("rolling back"))?;
     let changed = flow::roll_back(vm, &asked.patch, asked.timeout, &watch)?;
-    report("rolled-back", vm, (&changed, cascaded), &watch, output);
+    let aside = Aside {
+        cascaded,
+        ..Aside::default()
+    };
+    report("rolled-back", vm, (&changed, aside), &watch, output);
     Ok(())
+}
+
+/// What became of other patches beside the stop of this one.
+#[derive(Default)]
+struct Aside {
+    cascaded: Vec<String>,
+    withdrawn: Vec<String>,
 }
 
 fn report(
     result: &'static str,
     vm: &str,
-    (changed, cascaded): (&flow::Changed, Vec<String>),
+    (changed, aside): (&flow::Changed, Aside),
     watch: &Watch,
     output: &Output,
 ) {
@@ -232,7 +281,9 @@ fn report(
         report: applied.report,
     };
     let answer = Answer {
-        cascaded,
+        cascaded: aside.cascaded,
+        withdrawn: aside.withdrawn,
+        replaced: changed.replaced.clone(),
         ..answer(
             result,
             vm,
@@ -274,6 +325,8 @@ fn answer(
         digest: record.digest.clone(),
         functions: functions(record, verified),
         cascaded: Vec::new(),
+        replaced: Vec::new(),
+        withdrawn: Vec::new(),
         attempts: stop.attempts,
         stop_window_us: microseconds(stop.report.window),
         stop_us: stop.report.into(),
@@ -322,10 +375,19 @@ fn text(answer: &Answer) -> String {
         "{} ({} searched word by word)",
         answer.stacks, answer.scanned_stacks
     );
-    table::pairs(&[
+    let mut pairs = vec![
         ("functions", names.join(", ")),
         ("stop window", format!("{:.0} µs", answer.stop_window_us)),
         ("attempts", answer.attempts.to_string()),
         ("stacks examined", stacks),
-    ])
+    ];
+    for (title, others) in [
+        ("replaced", &answer.replaced),
+        ("no longer waiting", &answer.withdrawn),
+    ] {
+        if !others.is_empty() {
+            pairs.push((title, others.join(", ")));
+        }
+    }
+    table::pairs(&pairs)
 }

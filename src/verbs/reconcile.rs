@@ -1,6 +1,7 @@
 //! `vmpatch reconcile`: puts in the patches that waited for a module which is loaded now.
 
 use serde::Serialize;
+use vmpatch_patcher::link::layers::Stacking;
 
 use crate::cli::Reconcile;
 use crate::exit::Failure;
@@ -46,13 +47,14 @@ pub(crate) fn run(asked: &Reconcile, output: &Output) -> Result<(), Failure> {
     };
     for Waiting { patch, file, .. } in waiting {
         let watch = Watch::new(output.progress(&format!("applying {patch}")))?;
-        let absent = flow::absent_modules(vm, &file, &watch)?;
+        let candidate = flow::meet(vm, &file, &watch)?;
+        let absent = candidate.absent_modules();
         if !absent.is_empty() {
             watch.finish();
             answer.pending.push(Pending { patch, absent });
             continue;
         }
-        let applied = flow::apply(vm, &file, asked.timeout, &watch);
+        let applied = candidate.apply(Stacking::Upon, asked.timeout, &watch);
         watch.finish();
         match applied {
             Ok(_) => {

@@ -1,7 +1,7 @@
 //! `vmpatch status`: which patches a VM has, and whether its memory agrees.
 
 use serde::Serialize;
-use vmpatch_patcher::journal::Operation;
+use vmpatch_patcher::journal::{Ending, Operation};
 use vmpatch_patcher::status::{self, Interrupted, PatchReport, Report, State, Verdict};
 
 use crate::exit::Failure;
@@ -78,6 +78,11 @@ fn state(patch: &PatchReport) -> String {
             .as_ref()
             .is_some_and(|last| last.operation == Operation::Rollback)
     };
+    let replaced_by = || {
+        let last = patch.last.as_ref()?;
+        let is_done = matches!(last.ending, Some(Ending::Committed { .. }));
+        last.replaced_by.as_ref().filter(|_| is_done)
+    };
     match patch.state {
         State::Applied if patch.above.is_empty() && !patch.unloaded.is_empty() => {
             format!(
@@ -91,6 +96,7 @@ fn state(patch: &PatchReport) -> String {
             format!("gone with module {}", patch.unloaded.join(", "))
         }
         State::NotApplied if rolled_back() => "rolled back".to_owned(),
+        State::NotApplied if let Some(other) = replaced_by() => format!("replaced by {other}"),
         State::NotApplied => "not applied".to_owned(),
         State::Damaged => "damaged".to_owned(),
     }

@@ -10,6 +10,7 @@ mod busy;
 mod held;
 mod hooks;
 mod interrupted;
+mod layers;
 mod lifecycle;
 mod oracle;
 mod refusals;

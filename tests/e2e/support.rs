@@ -64,7 +64,7 @@ pub(crate) fn shared() -> MutexGuard<'static, Option<Guest>> {
 pub(crate) struct Patch {
     /// Keeps the file.
     pub(crate) dir: TempDir,
-    file: PathBuf,
+    pub(crate) file: PathBuf,
 }
 
 impl Patch {

@@ -5,7 +5,7 @@
 use vmpatch_introspect::target::{Edit, MemoryError, Target};
 use vmpatch_introspect::{Gpa, PhysicalMemory};
 
-use crate::arena::{ModuleClaim, PatchRecord, SiteRecord};
+use crate::arena::{MapEdits, ModuleClaim, PatchRecord, SiteRecord};
 use crate::journal::record::{ArenaEdit, Operation};
 use crate::quiescence::BusyRanges;
 use crate::verify::Verified;
@@ -20,6 +20,8 @@ pub struct Change {
     operation: Operation,
     boot: String,
     patch: PatchRecord,
+    replaced: Vec<String>,
+    map: MapEdits,
     edits: Vec<Edit>,
     arena: Vec<ArenaEdit>,
     busy: BusyRanges,
@@ -66,10 +68,17 @@ impl Change {
         Self {
             operation: Operation::Apply,
             boot: verified.boot.clone(),
-            busy: BusyRanges::new(verified.record.busy_for_apply(), verified.record.places())
-                .in_modules(verified.record.modules.iter().cloned()),
+            busy: BusyRanges::new(verified.busy(), verified.places())
+                .in_modules(verified.modules().cloned()),
             patch: verified.record.clone(),
-            edits: verified.batch(),
+            replaced: verified
+                .switch
+                .undone
+                .iter()
+                .map(|undone| undone.record.name.clone())
+                .collect(),
+            map: verified.map.clone(),
+            edits: verified.switch.edits.clone(),
             arena,
         }
         .checked()
@@ -101,8 +110,10 @@ impl Change {
             operation: Operation::Rollback,
             boot: boot.to_owned(),
             busy: BusyRanges::new(patch.busy_for_rollback(), &places).in_modules(modules),
+            map: Vec::new(),
             edits,
             patch: patch.clone(),
+            replaced: Vec::new(),
             arena: Vec::new(),
         }
         .checked()
@@ -126,10 +137,28 @@ impl Change {
         &self.patch
     }
 
-    /// The batch of the stop, in order.
+    /// Names of the patches that it undoes to make room for its own, the uppermost first.
+    #[must_use]
+    pub fn replaced(&self) -> &[String] {
+        &self.replaced
+    }
+
+    /// What maps the arena in the stop, before the edits; nothing takes it back.
+    #[must_use]
+    pub fn map(&self) -> &[Edit] {
+        &self.map
+    }
+
+    /// What the stop changes in the guest's text, in order.
     #[must_use]
     pub fn edits(&self) -> &[Edit] {
         &self.edits
+    }
+
+    /// The whole batch of the stop, in order.
+    #[must_use]
+    pub fn batch(&self) -> Vec<Edit> {
+        self.map.iter().chain(&self.edits).cloned().collect()
     }
 
     /// What goes into the arena before the stop, in order.
@@ -145,7 +174,7 @@ impl Change {
     }
 
     fn checked(self) -> Result<Self, ChangeError> {
-        for edit in &self.edits {
+        for edit in self.map.iter().chain(&self.edits) {
             let end = edit.at.page_offset().saturating_add(edit.new.len() as u64);
             let what = match (
                 edit.old.len() == edit.new.len(),

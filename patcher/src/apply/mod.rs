@@ -18,6 +18,7 @@
 //! ```
 //! use vmpatch_introspect::target::StopRequest;
 //! use vmpatch_patcher::apply::{Attempt, Change, Schedule, Unobserved};
+//! use vmpatch_patcher::link::layers::Stacking;
 //! use vmpatch_patcher::rollback;
 //! use vmpatch_patcher::status::{self, Ledger, State};
 //! use vmpatch_patcher::testing::{ScriptedGuest, sample};
@@ -29,7 +30,7 @@
 //! let verified = sample::verified(&vm, "fix");
 //!
 //! let ledger = Ledger::open(folder.path(), &vm, sample::BOOT, vmpatch_patcher::arena::Loaded::default())?;
-//! ledger.admit("fix", &verified.record.digest)?;
+//! ledger.admit("fix", &verified.record.digest, Stacking::Upon)?;
 //! let intent = ledger.begin(Change::apply(&verified, &vm)?, &Unobserved)?;
 //! let placed = intent.place(&vm)?;
 //! let attempted = Schedule::default().run(&Unobserved, || {
@@ -163,7 +164,7 @@ impl Quiet<'_> {
             observer,
             examined,
         } = self;
-        let report = target.switch(change.edits())?;
+        let report = target.switch(&change.batch())?;
         observer.boundary(Boundary::Resumed);
         Ok(Applied { report, examined })
     }

@@ -32,7 +32,7 @@ pub fn rehearse(
     let deadline = Deadline::within(request.examination());
     let (memory, vcpus) = (stopped.memory(), stopped.vcpus());
     let examined = quiescence::examine(witness, memory, vcpus, change.busy(), &deadline)?;
-    for edit in change.edits() {
+    for edit in change.map().iter().chain(change.edits()) {
         holds_old(stopped.memory(), edit)?;
     }
     let report = stopped.resume()?;

@@ -45,6 +45,13 @@ impl ModuleClaim {
         found.is_some_and(|module| module.state == ModuleState::Live)
     }
 
+    /// Whether a byte lies in one of the frames that are changed.
+    #[must_use]
+    pub fn has_frame(&self, at: Gpa) -> bool {
+        let mut frames = self.frames.iter();
+        frames.any(|(_, frame)| *frame == at.page_base())
+    }
+
     fn found_in<'a>(
         &self,
         loaded: Loaded<'a>,

@@ -108,18 +108,6 @@ pub enum BusyKind {
     New,
 }
 
-/// What the sites of a patch say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PatchState {
-    /// Every site jumps to the new code.
-    Applied,
-    /// Every site holds the old bytes: never applied, or rolled back.
-    NotApplied,
-    /// Some are one, some the other, or a site holds neither.
-    Damaged,
-}
-
 impl PatchRecord {
     /// All places that it changes or needs changed.
     pub fn places(&self) -> impl Iterator<Item = &SiteRecord> {
@@ -152,25 +140,6 @@ impl PatchRecord {
     /// What must not run while it is rolled back.
     pub fn busy_for_rollback(&self) -> impl Iterator<Item = &BusyRange> {
         self.busy.iter().filter(|busy| busy.kind == BusyKind::New)
-    }
-
-    /// Whether its sites are patched now.
-    ///
-    /// # Errors
-    /// A site lies outside guest RAM.
-    pub fn state(&self, physical: &dyn PhysicalMemory) -> Result<PatchState, MemoryError> {
-        let (mut old, mut new) = (true, true);
-        for edit in self.sites.iter().flat_map(|site| &site.edits) {
-            let mut now = vec![0; edit.old.len()];
-            physical.read(edit.at, &mut now)?;
-            old &= now == edit.old;
-            new &= now == edit.new;
-        }
-        Ok(match (old, new) {
-            (_, true) => PatchState::Applied,
-            (true, false) => PatchState::NotApplied,
-            (false, false) => PatchState::Damaged,
-        })
     }
 }
 

@@ -14,7 +14,7 @@
 use super::record::{Begun, Ending, Record};
 
 const MAGIC: &[u8; 8] = b"VMPJRNL\0";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const HEADER: usize = 16;
 const HEAD: usize = 12;
 
@@ -29,9 +29,9 @@ pub enum CodecError {
     /// Other magic, or the header's checksum is wrong.
     #[error("not a vmpatch journal file")]
     NotAJournal,
-    /// A later version of this program wrote it.
-    #[error("journal format {found}, this program knows up to {known}: use the newer vmpatch", known = VERSION)]
-    Newer {
+    /// Another version of this program wrote it.
+    #[error("journal format {found}, this program knows format {known}: use the vmpatch that wrote it", known = VERSION)]
+    OtherVersion {
         /// The version found.
         found: u32,
     },
@@ -215,8 +215,7 @@ fn check_header(bytes: &[u8]) -> Result<(), CodecError> {
     }
     match version {
         VERSION => Ok(()),
-        found if found > VERSION => Err(CodecError::Newer { found }),
-        _ => Err(CodecError::NotAJournal),
+        found => Err(CodecError::OtherVersion { found }),
     }
 }
 
@@ -260,7 +259,10 @@ mod tests {
                 busy: Vec::new(),
                 hooks: Vec::new(),
             },
+            replaced: Vec::new(),
+            map: Vec::new(),
             edits,
+            modules: Vec::new(),
             arena: Vec::new(),
         }
     }
@@ -357,11 +359,13 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_format_is_refused_by_number() {
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend((VERSION + 1).to_le_bytes());
-        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-        assert_eq!(read(&bytes), Err(CodecError::Newer { found: VERSION + 1 }));
+    fn another_format_is_refused_by_number() {
+        for found in [VERSION - 1, VERSION + 1] {
+            let mut bytes = MAGIC.to_vec();
+            bytes.extend(found.to_le_bytes());
+            bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+            assert_eq!(read(&bytes), Err(CodecError::OtherVersion { found }));
+        }
     }
 
     #[test]

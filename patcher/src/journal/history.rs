@@ -3,13 +3,16 @@
 use super::folder::Entry;
 use super::record::{Begun, Ending, Operation};
 
-/// The changes of one boot that stand, in the order they were applied: committed, and not rolled back since.
+/// The changes of one boot that stand, in the order they were applied: committed, and neither rolled back nor replaced since.
 #[must_use]
 pub fn standing<'a>(entries: &'a [Entry], boot: &str) -> Vec<(u64, &'a Begun)> {
     let mut standing: Vec<(u64, &Begun)> = Vec::new();
     for (number, begun) in committed(entries).filter(|(_, begun)| begun.boot == boot) {
         match begun.operation {
-            Operation::Apply => standing.push((number, begun)),
+            Operation::Apply => {
+                standing.retain(|(_, other)| !begun.replaced.contains(&other.patch.name));
+                standing.push((number, begun));
+            }
             Operation::Rollback => {
                 standing.retain(|(_, other)| other.patch.name != begun.patch.name);
             }

@@ -151,7 +151,10 @@ fn intent_of(change: &Change) -> Begun {
         operation: change.operation(),
         boot: change.boot().to_owned(),
         patch: change.patch().clone(),
+        replaced: change.replaced().to_vec(),
+        map: change.map().to_vec(),
         edits: change.edits().to_vec(),
+        modules: change.busy().modules().to_vec(),
         arena: change.arena().to_vec(),
     }
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use vmpatch_introspect::Gpa;
 use vmpatch_introspect::target::Edit;
 
-use crate::arena::PatchRecord;
+use crate::arena::{MapEdits, ModuleClaim, PatchRecord};
 
 /// Which way a change goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,8 +55,15 @@ pub struct Begun {
     pub boot: String,
     /// The patch, as the guest's manifest has it: name, digest, arena extents, sites, busy ranges.
     pub patch: PatchRecord,
-    /// Old and new value of every byte written inside the stop.
+    /// Names of the patches that it undoes to make room for its own.
+    pub replaced: Vec<String>,
+    /// Old and new value of the page-table entries written first inside the stop. They say nothing of the patch: they belong
+    /// to whoever maps the arena.
+    pub map: MapEdits,
+    /// Old and new value of every other byte written inside the stop.
     pub edits: Vec<Edit>,
+    /// Modules that some of these bytes lie in.
+    pub modules: Vec<ModuleClaim>,
     /// Old and new value of every arena byte written before it.
     pub arena: Vec<ArenaEdit>,
 }

@@ -1,31 +1,25 @@
-//! Patches that are applied already: what they are called, what they lie upon, and the guest's text as it is beneath them. A
-//! patch may replace a function that another one has replaced; it then lies upon that one. Owns the view without their jumps;
-//! which of them are applied is [`Known`]'s to judge.
+//! Patches that are applied already: what a new one lies upon or takes the place of, and the guest's memory as it is beneath
+//! them. A patch may replace a function that another one has replaced; it then lies upon that one. Or all of them go in the
+//! stop in which it comes. Which are applied is [`Known`]'s to judge.
 
-use std::collections::BTreeMap;
+use vmpatch_introspect::{GvaRange, PhysicalMemory};
 
-use vmpatch_introspect::{Gpa, Gva, GvaRange, ReadError};
+use crate::arena::{BusyKind, BusyRange, Overlay, PatchRecord, SiteRecord};
+use crate::status::{Known, KnownPatch, State};
 
-use super::live::{Guest, Live};
-use crate::arena::{BusyKind, BusyRange, Manifest, PatchRecord, SiteRecord};
-use crate::patch::Patch;
-use crate::status::{Known, State};
+/// What becomes of the patches that are applied already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stacking {
+    /// They stay, beside the new one or beneath it.
+    #[default]
+    Upon,
+    /// All of them are undone in the stop in which the new one is applied.
+    Replace,
+}
 
 /// Why a patch cannot be applied beside those that are there.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayerError {
-    /// It is applied already.
-    #[error("patch `{name}` is applied already")]
-    AlreadyApplied {
-        /// Its name.
-        name: String,
-    },
-    /// Another patch of that name is applied.
-    #[error("another patch named `{name}` is applied; roll it back first")]
-    NameTaken {
-        /// The name.
-        name: String,
-    },
     /// A function of it is hooked for the sake of a patch.
     #[error(
         "`{function}` is hooked for patch `{owner}`, whose new code may trap; roll that back first"
@@ -47,51 +41,52 @@ pub enum LayerError {
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Layers {
+    stacking: Stacking,
     /// Applied, the uppermost first.
-    applied: Vec<PatchRecord>,
+    applied: Vec<KnownPatch>,
     damaged: Vec<PatchRecord>,
+    /// Hooks of any patch that are in place.
+    hooks: Vec<SiteRecord>,
 }
 
 impl Layers {
-    /// Judges the patches of a guest's arena.
-    #[must_use]
-    pub fn find(guest: &Guest<'_>, manifest: &Manifest) -> Self {
-        let boot = &guest.kernel().identity.boot;
-        let memory = guest.memory().physical;
-        let known = Known::judge(Some(manifest), &[], boot, memory, guest.loaded());
-        let of = |state| {
-            let mut found: Vec<_> = known.patches().iter().collect();
-            found.retain(|patch| patch.state == state);
-            found.sort_by_key(|patch| patch.depth);
-            found
-                .into_iter()
-                .map(|patch| patch.record.clone())
-                .collect()
-        };
-        Self {
-            applied: of(State::Applied),
-            damaged: of(State::Damaged),
-        }
-    }
-
-    /// Whether the patch, by name and digest, can be applied at all.
+    /// Those of one boot.
     ///
     /// # Errors
-    /// [`LayerError::AlreadyApplied`], [`LayerError::NameTaken`].
-    pub fn admit(&self, patch: &Patch, digest: &str) -> Result<(), LayerError> {
-        let Some(same) = self.applied.iter().find(|it| it.name == patch.name) else {
-            return Ok(());
-        };
-        let name = same.name.clone();
-        Err(match same.digest == digest {
-            true => LayerError::AlreadyApplied { name },
-            false => LayerError::NameTaken { name },
+    /// [`LayerError::Unclear`] where one that is to be replaced is neither applied nor rolled back.
+    pub fn of(known: &Known, stacking: Stacking) -> Result<Self, LayerError> {
+        let in_state = |state| known.patches().iter().filter(move |it| it.state == state);
+        let mut applied: Vec<_> = in_state(State::Applied).cloned().collect();
+        applied.sort_by_key(|patch| patch.depth);
+        let damaged: Vec<_> = in_state(State::Damaged)
+            .map(|it| it.record.clone())
+            .collect();
+        if let (Stacking::Replace, Some(unclear)) = (stacking, damaged.first()) {
+            let mut sites = unclear.sites.iter();
+            return Err(LayerError::Unclear {
+                function: sites
+                    .next()
+                    .map_or_else(String::new, |it| it.function.clone()),
+                owner: unclear.name.clone(),
+            });
+        }
+        let mut hooks: Vec<SiteRecord> = Vec::new();
+        for hook in known.patches().iter().flat_map(|patch| &patch.hooks) {
+            if !hooks.iter().any(|other| other.at == hook.at) {
+                hooks.push(hook.clone());
+            }
+        }
+        Ok(Self {
+            stacking,
+            applied,
+            damaged,
+            hooks,
         })
     }
 
-    /// The uppermost patch that has replaced a function, if any has.
+    /// The uppermost patch that has replaced a function and stays, if any has.
     ///
     /// # Errors
     /// [`LayerError::Unclear`], [`LayerError::Hooked`].
@@ -103,7 +98,7 @@ impl Layers {
         let inside = |site: &SiteRecord| site.covered.overlaps(&range) || range.contains(site.at);
         let has_site = |record: &&PatchRecord| record.sites.iter().any(inside);
         let has_hook = |record: &&PatchRecord| record.hooks.iter().any(inside);
-        if let Some(hooked) = self.applied.iter().find(has_hook) {
+        if let Some(hooked) = self.staying().find(has_hook) {
             return Err(LayerError::Hooked {
                 function: function.to_owned(),
                 owner: hooked.name.clone(),
@@ -115,20 +110,53 @@ impl Layers {
                 owner: unclear.name.clone(),
             });
         }
-        Ok(self.applied.iter().find(has_site))
+        Ok(self.staying().find(has_site))
     }
 
-    /// The guest as it is beneath all of them.
+    /// The patches that are undone when the new one is applied, the uppermost first.
     #[must_use]
-    pub fn beneath<'a>(&self, live: &'a dyn Live) -> Beneath<'a> {
-        let mut covered = BTreeMap::new();
-        for site in self.applied.iter().flat_map(|record| &record.sites) {
-            let old = site.edits.iter().flat_map(|edit| &edit.old);
-            let places = (0..).map(|offset| site.at.wrapping_add(offset));
-            covered.extend(places.zip(old.copied()));
+    pub fn undone(&self) -> &[KnownPatch] {
+        match self.stacking {
+            Stacking::Upon => &[],
+            Stacking::Replace => &self.applied,
         }
-        Beneath { live, covered }
     }
+
+    /// Hooks that go, where the new patch needs `needed`.
+    #[must_use]
+    pub fn unneeded_hooks(&self, needed: &[SiteRecord]) -> Vec<SiteRecord> {
+        let goes = |hook: &&SiteRecord| {
+            self.stacking == Stacking::Replace && !needed.iter().any(|other| other.at == hook.at)
+        };
+        self.hooks.iter().filter(goes).cloned().collect()
+    }
+
+    /// Memory as it is beneath all of them.
+    #[must_use]
+    pub fn beneath<'a>(&self, memory: &'a dyn PhysicalMemory) -> Overlay<'a> {
+        peeled(&self.applied, memory)
+    }
+
+    /// Memory as the new patch will find it: the places that it changes hold there what its rollback has to bring back.
+    #[must_use]
+    pub fn ground<'a>(&self, memory: &'a dyn PhysicalMemory) -> Overlay<'a> {
+        peeled(self.undone(), memory)
+    }
+
+    fn staying(&self) -> impl Iterator<Item = &PatchRecord> {
+        let stay = self.stacking == Stacking::Upon;
+        let staying = self.applied.iter().filter(move |_| stay);
+        staying.map(|patch| &patch.record)
+    }
+}
+
+/// Without what these did, the uppermost of which comes first.
+fn peeled<'a>(patches: &[KnownPatch], memory: &'a dyn PhysicalMemory) -> Overlay<'a> {
+    let mut overlay = Overlay::over(memory);
+    for patch in patches {
+        overlay.peel(patch.edits());
+    }
+    overlay
 }
 
 /// The code of a patch, as what a patch upon it replaces in turn: all of it, for its parts and helpers lead back into the
@@ -138,46 +166,4 @@ pub fn code_of(record: &PatchRecord) -> impl Iterator<Item = BusyRange> {
         kind: BusyKind::Old,
         ..it.clone()
     })
-}
-
-/// A guest without the jumps of its patches.
-pub struct Beneath<'a> {
-    live: &'a dyn Live,
-    covered: BTreeMap<Gva, u8>,
-}
-
-impl Live for Beneath<'_> {
-    fn named(&self, name: &str) -> Vec<Gva> {
-        self.live.named(name)
-    }
-
-    fn named_in(&self, object: &str, name: &str) -> Vec<Gva> {
-        self.live.named_in(object, name)
-    }
-
-    fn defined_in(&self, object: &str, name: &str) -> Vec<Gva> {
-        self.live.defined_in(object, name)
-    }
-
-    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), ReadError> {
-        self.live.read(at, into)?;
-        let end = at.wrapping_add(into.len() as u64);
-        if at >= end {
-            return Ok(());
-        }
-        for (place, byte) in self.covered.range(at..end) {
-            if let Some(into) = into.get_mut(place.wrapping_sub(at.0).0 as usize) {
-                *into = *byte;
-            }
-        }
-        Ok(())
-    }
-
-    fn physical(&self, at: Gva) -> Result<Gpa, ReadError> {
-        self.live.physical(at)
-    }
-
-    fn describe(&self, at: Gva) -> String {
-        self.live.describe(at)
-    }
 }

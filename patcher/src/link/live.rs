@@ -87,6 +87,18 @@ impl<'a> Guest<'a> {
         }
     }
 
+    /// The same kernel with other memory, such as its own beneath what patches did to it.
+    #[must_use]
+    pub fn over<'b>(&self, physical: &'b dyn PhysicalMemory) -> Guest<'b>
+    where
+        'a: 'b,
+    {
+        Guest {
+            memory: self.kernel.memory(physical),
+            ..self.clone()
+        }
+    }
+
     /// The same with its loaded modules.
     #[must_use]
     pub const fn with_modules(self, modules: &'a [Module]) -> Self {

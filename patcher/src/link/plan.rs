@@ -47,6 +47,8 @@ pub struct Plan<'a> {
     pub(crate) new: Vec<GvaRange>,
     /// For each of them the patch whose version it takes the place of.
     pub(crate) over: Vec<Option<String>>,
+    /// The patches that are there.
+    pub(crate) layers: &'a Layers,
     /// Whether arena pages are global.
     pub(crate) global: bool,
 }
@@ -142,41 +144,52 @@ impl LinkError {
 }
 
 impl<'a> Plan<'a> {
-    /// Places a patch: finds the old functions, chooses entry jumps, and makes the new code ready. What
-    /// was placed before and rolled back is taken up again where it lies, if it comes out the same and has
-    /// no data of its own.
+    /// Places a patch upon others or in their place: finds the old functions, chooses entry jumps, and makes the new code
+    /// ready. What was placed before and rolled back is taken up again where it lies, if it comes out the same and has no
+    /// data of its own: a table of WARN and BUG counts as such, for the kernel marks in it what has warned.
     ///
     /// # Errors
     /// [`LinkError`].
-    pub fn link(file: &'a PatchFile, guest: &Guest<'_>, arena: &Arena) -> Result<Self, LinkError> {
+    pub fn link(
+        file: &'a PatchFile,
+        guest: &Guest<'_>,
+        arena: &Arena,
+        layers: &'a Layers,
+    ) -> Result<Self, LinkError> {
         let patch = file.patch();
         fits(patch, guest)?;
-        let digest = file.digest().to_string();
         let memory = guest.memory().physical;
-        let layers = Layers::find(guest, arena.manifest());
-        layers.admit(patch, &digest)?;
-        let beneath = layers.beneath(guest);
+        let (beneath, ground) = (layers.beneath(memory), layers.ground(memory));
+        let (beneath, ground) = (guest.over(&beneath), guest.over(&ground));
         let facts = guest.facts()?;
         let names = Names::look_up(&patch.symbols, &patch.units, guest);
         let needed = traps::needed(patch);
-        let hooks = hooks::choose(&needed, guest, &facts, arena, &layers)
+        let hooks = hooks::choose(&needed, &ground, &facts, arena, layers)
             .map_err(|(function, why)| LinkError::Hook { function, why })?;
         let linker = Linker {
             patch,
             hooks: &hooks,
-            digest,
+            digest: file.digest().to_string(),
             guest,
             arena,
             facts: &facts,
             names: &names,
-            layers: &layers,
+            layers,
             beneath: &beneath,
+            ground: &ground,
         };
         let (located, learned) = linker.locate()?;
         linker.hooks_are_apart(&located)?;
         let entries = linker.entries(&located)?;
-        let over = linker.over(&located)?;
-        let placed = linker.place(&located, &entries, &learned)?;
+        let upon = linker.upon(&located)?;
+        let over = upon.iter().map(|it| it.map(|record| record.name.clone()));
+        let over = over.collect();
+        let replaced = Replaced {
+            located: &located,
+            entries: &entries,
+            upon: &upon,
+        };
+        let placed = linker.place(&replaced, &learned)?;
         let global = !facts.isolated
             && window::is_global(guest.kernel().layout.space, memory, text_start(guest))?;
         Ok(Self {
@@ -187,6 +200,7 @@ impl<'a> Plan<'a> {
             fixtures: placed.fixtures,
             new: placed.new,
             over,
+            layers,
             global,
             facts,
         })
@@ -251,7 +265,17 @@ struct Linker<'a> {
     names: &'a Names<'a>,
     layers: &'a Layers,
     /// The guest without what other patches did to it.
-    beneath: &'a dyn Live,
+    beneath: &'a Guest<'a>,
+    /// The guest without what the patches did that the new one takes the place of.
+    ground: &'a Guest<'a>,
+}
+
+/// The old functions of a patch, one of each for every one.
+struct Replaced<'a> {
+    located: &'a [Located],
+    entries: &'a [Entry],
+    /// The patch whose version of it is in effect, and stays.
+    upon: &'a [Option<&'a PatchRecord>],
 }
 
 impl Linker<'_> {
@@ -372,12 +396,7 @@ impl Linker<'_> {
     }
 
     /// Links for the place the same patch had before, if that gives the same again; else for a new one.
-    fn place(
-        &self,
-        located: &[Located],
-        entries: &[Entry],
-        learned: &Learned,
-    ) -> Result<Placed, LinkError> {
+    fn place(&self, old: &Replaced<'_>, learned: &Learned) -> Result<Placed, LinkError> {
         let stubs = code::most_stubs(self.patch, self.facts);
         let shape = Shape::of(self.patch, stubs);
         let has_data = self
@@ -389,22 +408,21 @@ impl Linker<'_> {
         let same = |record: &&PatchRecord| record.digest == self.digest;
         for record in before.filter(same).filter(|_| !has_data) {
             if let Some(placement) = shape.place_again(&record.extents) {
-                let placed = self.link_at(&shape, &placement, located, entries, learned)?;
+                let placed = self.link_at(&shape, &placement, old, learned)?;
                 if placed.record == *record {
                     return Ok(placed);
                 }
             }
         }
         let placement = shape.place(self.arena)?;
-        self.link_at(&shape, &placement, located, entries, learned)
+        self.link_at(&shape, &placement, old, learned)
     }
 
     fn link_at(
         &self,
         shape: &Shape,
         placement: &Placement,
-        located: &[Located],
-        entries: &[Entry],
+        old: &Replaced<'_>,
         learned: &Learned,
     ) -> Result<Placed, LinkError> {
         let context = Context {
@@ -416,8 +434,8 @@ impl Linker<'_> {
             placement,
         };
         let linked = code::link(&context, shape.most_pieces())?;
-        let mut busy = old_ranges(self.patch, located);
-        busy.extend(self.layers_replaced(located)?);
+        let mut busy = old_ranges(self.patch, old.located);
+        busy.extend(layers_replaced(old.upon));
         busy.extend(new_ranges(
             self.patch,
             placement,
@@ -429,7 +447,7 @@ impl Linker<'_> {
             .iter()
             .map(|it| new_function(self.patch, it, placement))
             .collect();
-        let sites = self.sites(entries, &new)?;
+        let sites = self.sites(old.entries, &new)?;
         let record = PatchRecord {
             name: self.patch.name.clone(),
             digest: self.digest.clone(),
@@ -454,29 +472,12 @@ impl Linker<'_> {
         })
     }
 
-    /// For each function the patch that has replaced it.
-    fn over(&self, located: &[Located]) -> Result<Vec<Option<String>>, LayerError> {
+    /// For each function the patch that has replaced it, and stays.
+    fn upon(&self, located: &[Located]) -> Result<Vec<Option<&PatchRecord>>, LayerError> {
         let functions = self.patch.replaced.iter().zip(located);
         functions
-            .map(|(wanted, found)| {
-                let upon = self.layers.upon(&wanted.name, found.range)?;
-                Ok(upon.map(|record| record.name.clone()))
-            })
+            .map(|(wanted, found)| self.layers.upon(&wanted.name, found.range))
             .collect()
-    }
-
-    /// The code of other patches that this one takes the place of.
-    fn layers_replaced(&self, located: &[Located]) -> Result<Vec<BusyRange>, LayerError> {
-        let mut ranges = Vec::new();
-        for (wanted, found) in self.patch.replaced.iter().zip(located) {
-            let upon = self.layers.upon(&wanted.name, found.range)?;
-            for range in upon.into_iter().flat_map(layers::code_of) {
-                if !ranges.contains(&range) {
-                    ranges.push(range);
-                }
-            }
-        }
-        Ok(ranges)
     }
 
     fn claims(&self, sites: &[SiteRecord]) -> Vec<ModuleClaim> {
@@ -532,7 +533,7 @@ impl Linker<'_> {
             function: wanted.name.clone(),
             role,
             at,
-            edits: edits(self.guest, at, jump)?,
+            edits: edits(self.ground, at, jump)?,
             covered,
         })
     }
@@ -558,16 +559,28 @@ pub(super) fn edits(live: &dyn Live, at: Gva, new: &[u8]) -> Result<Vec<Edit>, R
 
 /// The pages of a module's text that are changed, and their frames.
 fn frames(text: GvaRange, sites: &[SiteRecord]) -> Vec<(Gva, Gpa)> {
-    let within = sites.iter().filter(|site| text.contains(site.at));
-    let mut frames: Vec<_> = within
-        .filter_map(|site| {
-            let at = site.edits.first()?.at;
-            Some((site.at.wrapping_sub(at.page_offset()), at.page_base()))
-        })
-        .collect();
+    let mut frames = Vec::new();
+    for site in sites.iter().filter(|site| text.contains(site.at)) {
+        let mut at = site.at;
+        for edit in &site.edits {
+            frames.push((at.wrapping_sub(at.page_offset()), edit.at.page_base()));
+            at = at.wrapping_add(edit.new.len() as u64);
+        }
+    }
     frames.sort_unstable();
     frames.dedup();
     frames
+}
+
+/// The code of other patches that one takes the place of.
+fn layers_replaced(upon: &[Option<&PatchRecord>]) -> Vec<BusyRange> {
+    let mut ranges = Vec::new();
+    for range in upon.iter().flatten().flat_map(|it| layers::code_of(it)) {
+        if !ranges.contains(&range) {
+            ranges.push(range);
+        }
+    }
+    ranges
 }
 
 /// Old functions with their parts: a task in any of them would run on in old code.
@@ -647,5 +660,26 @@ mod tests {
         );
         assert_eq!(edits[1].at, live.physical(at.wrapping_add(3)).unwrap());
         assert_eq!(edits[1].at.page_offset(), 0);
+    }
+
+    #[test]
+    fn a_place_on_two_pages_of_a_module_claims_both_frames() {
+        let at = Gva(0xffff_ffff_c010_0ffd);
+        let mut live = Fake::new();
+        live.put(at, &[0; 5]);
+        let site = SiteRecord {
+            function: "f".into(),
+            role: SiteRole::Entry,
+            at,
+            edits: edits(&live, at, &[1; 5]).unwrap(),
+            covered: sized(at, 5),
+        };
+        let page = at.wrapping_sub(at.page_offset());
+        let frame = |page| (page, live.physical(page).unwrap());
+        assert_eq!(
+            frames(sized(page, 0x2000), std::slice::from_ref(&site)),
+            [frame(page), frame(page.wrapping_add(0x1000))]
+        );
+        assert!(frames(sized(page, 0x100), &[site]).is_empty());
     }
 }

@@ -6,13 +6,11 @@
 //! is left is not applied if its places hold what was there before it, or before a patch that lay beneath it
 //! then and is gone since; anything else is damage.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
-use vmpatch_introspect::target::{Edit, MemoryError};
-use vmpatch_introspect::{Gpa, PhysicalMemory};
+use vmpatch_introspect::PhysicalMemory;
+use vmpatch_introspect::target::Edit;
 
-use crate::arena::{BusyKind, Loaded, Manifest, ModuleClaim, PatchRecord, SiteRecord};
+use crate::arena::{BusyKind, Loaded, Manifest, ModuleClaim, Overlay, PatchRecord, SiteRecord};
 use crate::journal::{Entry, history};
 
 /// More patches than the arena of one boot has pages; a guest may claim more, but is not believed.
@@ -70,6 +68,11 @@ impl KnownPatch {
     pub fn sites(&self) -> impl Iterator<Item = &SiteRecord> {
         self.record.sites_outside(&self.unloaded)
     }
+
+    /// What it has changed there.
+    pub fn edits(&self) -> impl Iterator<Item = &Edit> {
+        self.sites().flat_map(|site| &site.edits)
+    }
 }
 
 impl Known {
@@ -91,16 +94,13 @@ impl Known {
             let in_place = hooks.filter(|hook| hook.is_in_place(memory).unwrap_or(true));
             patch.hooks = in_place.cloned().collect();
         }
-        let mut view = View {
-            memory,
-            peeled: BTreeMap::new(),
-        };
+        let mut view = Overlay::over(memory);
         let mut depth = 0;
         while let Some(top) = find_applied(&patches, &view) {
             if let Some(patch) = patches.get_mut(top) {
                 patch.state = State::Applied;
                 patch.depth = Some(depth);
-                view.peel(patch);
+                view.peel(patch.edits());
             }
             depth += 1;
         }
@@ -171,9 +171,9 @@ impl Known {
 }
 
 /// The last placed of the patches not yet peeled whose new bytes are in view.
-fn find_applied(patches: &[KnownPatch], view: &View<'_>) -> Option<usize> {
+fn find_applied(patches: &[KnownPatch], view: &Overlay<'_>) -> Option<usize> {
     patches.iter().rposition(|patch| {
-        let mut changes = edits([patch]).peekable();
+        let mut changes = patch.edits().peekable();
         patch.depth.is_none()
             && changes.peek().is_some()
             && changes.all(|edit| view.holds(edit.at, &edit.new))
@@ -181,20 +181,18 @@ fn find_applied(patches: &[KnownPatch], view: &View<'_>) -> Option<usize> {
 }
 
 /// Whether nothing of a patch is in view, and what is in its places is known from before some patch.
-fn is_gone(patch: &KnownPatch, all: &[KnownPatch], view: &View<'_>) -> bool {
+fn is_gone(patch: &KnownPatch, all: &[KnownPatch], view: &Overlay<'_>) -> bool {
     let known_before = |edit: &Edit| {
-        let same_place = edits(all).filter(|other| other.at == edit.at);
+        let edits = all.iter().flat_map(KnownPatch::edits);
+        let same_place = edits.filter(|other| other.at == edit.at);
         same_place
             .map(|other| &other.old)
             .any(|old| view.holds(edit.at, old))
     };
-    edits([patch]).all(|edit| view.holds(edit.at, &edit.old))
-        || edits([patch]).all(|edit| !view.holds(edit.at, &edit.new) && known_before(edit))
-}
-
-fn edits<'a>(patches: impl IntoIterator<Item = &'a KnownPatch>) -> impl Iterator<Item = &'a Edit> {
-    let sites = patches.into_iter().flat_map(KnownPatch::sites);
-    sites.flat_map(|site| &site.edits)
+    patch.edits().all(|edit| view.holds(edit.at, &edit.old))
+        || patch
+            .edits()
+            .all(|edit| !view.holds(edit.at, &edit.new) && known_before(edit))
 }
 
 fn merged(manifest: Option<&Manifest>, entries: &[Entry], boot: &str) -> Vec<KnownPatch> {
@@ -242,37 +240,4 @@ fn lies_upon(upper: &PatchRecord, lower: &PatchRecord) -> bool {
         .filter(|busy| busy.kind != BusyKind::New)
         .any(|busy| new_code().any(|new| new.range.overlaps(&busy.range)));
     same_place || replaces_its_code
-}
-
-/// Live memory with some patches peeled off.
-struct View<'a> {
-    memory: &'a dyn PhysicalMemory,
-    peeled: BTreeMap<Gpa, u8>,
-}
-
-impl View<'_> {
-    fn holds(&self, at: Gpa, bytes: &[u8]) -> bool {
-        self.at(at, bytes.len()).is_ok_and(|now| now == bytes)
-    }
-
-    fn at(&self, at: Gpa, len: usize) -> Result<Vec<u8>, MemoryError> {
-        let mut bytes = vec![0; len];
-        self.memory.read(at, &mut bytes)?;
-        let end = at.checked_add(len as u64).unwrap_or(Gpa(u64::MAX));
-        for (&place, &byte) in self.peeled.range(at..end) {
-            let index = usize::try_from(place.0.wrapping_sub(at.0)).unwrap_or(usize::MAX);
-            if let Some(into) = bytes.get_mut(index) {
-                *into = byte;
-            }
-        }
-        Ok(bytes)
-    }
-
-    fn peel(&mut self, patch: &KnownPatch) {
-        for edit in edits([patch]) {
-            let bytes = edit.old.iter().enumerate();
-            self.peeled
-                .extend(bytes.map(|(index, &byte)| (edit.at.wrapping_add(index as u64), byte)));
-        }
-    }
 }

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use vmpatch_introspect::Target;
 
-use super::known::{Known, KnownPatch, State};
+use super::known::{Known, State};
 use super::settle::{self, Interrupted};
 use crate::apply::{Change, Observer};
 use crate::arena::{Loaded, Manifest, codec};
 use crate::journal::{Entry, Intent, Journal, JournalError};
+use crate::link::layers::{LayerError, Layers, Stacking};
 
 /// A settled journal and what is known of the guest's patches.
 #[derive(Debug)]
@@ -33,7 +34,9 @@ pub enum AdmitError {
         name: String,
     },
     /// Another patch of that name is applied.
-    #[error("another patch named {name} is applied (digest {digest}); roll it back first")]
+    #[error(
+        "another patch named {name} is applied (digest {digest}); roll it back first, or apply this one with --replace"
+    )]
     NameTaken {
         /// The name.
         name: String,
@@ -107,33 +110,36 @@ impl Ledger {
         self.manifest_trouble.as_deref()
     }
 
-    /// Whether a patch may be applied: not a second time, and no other of the same name.
+    /// The patches that are applied, as what a new one lies upon or takes the place of.
+    ///
+    /// # Errors
+    /// [`LayerError::Unclear`].
+    pub fn layers(&self, stacking: Stacking) -> Result<Layers, LayerError> {
+        Layers::of(&self.known, stacking)
+    }
+
+    /// Whether a patch may be applied: not a second time, and no other of the same name unless it replaces that.
     ///
     /// # Errors
     /// [`AdmitError`].
-    pub fn admit(&self, name: &str, digest: &str) -> Result<(), AdmitError> {
+    pub fn admit(&self, name: &str, digest: &str, stacking: Stacking) -> Result<(), AdmitError> {
         if let Some(open) = self.interrupted().filter(|open| !open.recorded) {
             return Err(AdmitError::Open {
                 patch: open.patch.clone(),
             });
         }
-        match self.known.named(name) {
-            Some(KnownPatch {
-                record,
-                state: State::Applied,
-                ..
-            }) if record.digest == digest => Err(AdmitError::Applied {
-                name: name.to_owned(),
+        let named = self.known.named(name);
+        let Some(there) = named.filter(|it| it.state == State::Applied) else {
+            return Ok(());
+        };
+        let name = name.to_owned();
+        match (there.record.digest == digest, stacking) {
+            (true, _) => Err(AdmitError::Applied { name }),
+            (false, Stacking::Replace) => Ok(()),
+            (false, Stacking::Upon) => Err(AdmitError::NameTaken {
+                name,
+                digest: there.record.digest.clone(),
             }),
-            Some(KnownPatch {
-                record,
-                state: State::Applied,
-                ..
-            }) => Err(AdmitError::NameTaken {
-                name: name.to_owned(),
-                digest: record.digest.clone(),
-            }),
-            _ => Ok(()),
         }
     }
 

@@ -72,6 +72,8 @@ pub struct LastChange {
     pub operation: Operation,
     /// When it was begun, in milliseconds since 1970.
     pub unix_ms: u64,
+    /// The patch that took its place, where that was the change.
+    pub replaced_by: Option<String>,
     /// How it ended; `None`: not yet.
     pub ending: Option<Ending>,
 }
@@ -230,9 +232,12 @@ fn damage<'a>(
 fn last_change(entries: &[Entry], boot: &str, name: &str) -> Option<LastChange> {
     entries.iter().rev().find_map(|entry| {
         let begun = entry.transcript.begun.as_ref()?;
-        (begun.boot == boot && begun.patch.name == name).then(|| LastChange {
+        let is_its_own = begun.patch.name == name;
+        let replaces_it = !is_its_own && begun.replaced.iter().any(|it| it == name);
+        (begun.boot == boot && (is_its_own || replaces_it)).then(|| LastChange {
             operation: begun.operation,
             unix_ms: begun.unix_ms,
+            replaced_by: replaces_it.then(|| begun.patch.name.clone()),
             ending: entry.transcript.ending.clone(),
         })
     })

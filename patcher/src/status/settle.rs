@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use vmpatch_introspect::target::{Edit, StopRequest};
 use vmpatch_introspect::{PhysicalMemory, Target};
 
-use crate::arena::Loaded;
+use crate::arena::{Loaded, ModuleClaim};
 use crate::journal::{Begun, Ending, Entry, Journal, JournalError, Operation, history, now_ms};
 
 /// What became of an interrupted change.
@@ -108,28 +108,14 @@ fn verdict(begun: &Begun, boot: &str, vm: &dyn Target, loaded: Loaded<'_>) -> Ve
 }
 
 fn live_verdict(begun: &Begun, memory: &dyn PhysicalMemory, loaded: Loaded<'_>) -> Verdict {
-    // The sites alone tell: page-table entries of the same batch belong to whoever maps the arena. What lay in a module that
-    // is gone since tells nothing.
-    let unloaded = begun.patch.unloaded(loaded, memory);
-    let kept: Vec<_> = begun
-        .patch
-        .sites_outside(&unloaded)
-        .flat_map(|site| &site.edits)
-        .collect();
-    let of_site = |edit: &Edit| {
-        let mut all = begun.patch.sites.iter().flat_map(|site| &site.edits);
-        all.any(|it| it.at == edit.at)
-    };
-    let edits: Vec<_> = match begun.operation {
-        Operation::Apply => kept.into_iter().cloned().collect(),
-        Operation::Rollback => {
-            let is_left = |edit: &&Edit| !of_site(edit) || kept.iter().any(|it| it.at == edit.at);
-            begun.edits.iter().filter(is_left).cloned().collect()
-        }
-    };
-    if edits.iter().all(|edit| holds(memory, edit, &edit.old)) {
+    // What lay in a module that is gone since tells nothing.
+    let gone = |claim: &&ModuleClaim| !claim.is_loaded(loaded, memory);
+    let gone: Vec<_> = begun.modules.iter().filter(gone).collect();
+    let is_left = |edit: &&Edit| !gone.iter().any(|claim| claim.has_frame(edit.at));
+    let left = || begun.edits.iter().filter(is_left);
+    if left().all(|edit| holds(memory, edit, &edit.old)) {
         Verdict::NotWritten
-    } else if edits.iter().all(|edit| holds(memory, edit, &edit.new)) {
+    } else if left().all(|edit| holds(memory, edit, &edit.new)) {
         Verdict::InPlace
     } else {
         Verdict::Damaged

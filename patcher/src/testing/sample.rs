@@ -9,8 +9,10 @@ use crate::arena::{
     ArenaWrite, BusyKind, BusyRange, Extent, Manifest, PatchRecord, SiteRecord, SiteRole, codec,
     window,
 };
+use crate::link::layers::{Layers, Stacking};
 use crate::patch::SectionKind;
-use crate::verify::Verified;
+use crate::status::Known;
+use crate::verify::{Switch, Verified};
 
 /// The boot that samples are made for.
 pub const BOOT: &str = "b007";
@@ -43,12 +45,19 @@ pub fn machine() -> Machine {
     machine
 }
 
-/// A patch of that name for what `machine` holds now, its new text in pages of its own.
+/// A patch of that name for what `machine` holds now, upon what is there, its new text in pages of its own.
 #[must_use]
 pub fn verified(machine: &Machine, name: &str) -> Verified {
+    let none = Layers::of(&Known::default(), Stacking::Upon).unwrap();
+    verified_beside(machine, name, &none)
+}
+
+/// The same beside patches that are there, or in their place.
+#[must_use]
+pub fn verified_beside(machine: &Machine, name: &str, layers: &Layers) -> Verified {
     let manifest = manifest(machine);
     let page = manifest.next_page;
-    let record = record(machine, name, page);
+    let record = record(&layers.ground(machine), name, page);
     let text: Vec<u8> = (0..4096_u32).map(|at| (at % 251) as u8).collect();
     let write = |at, bytes| ArenaWrite { at, bytes };
     Verified {
@@ -58,7 +67,7 @@ pub fn verified(machine: &Machine, name: &str) -> Verified {
             write(window::page_frame(slot(), page), text),
         ],
         map: map_edits(machine),
-        switch: record.apply_edits(),
+        switch: Switch::of(&record, layers, machine).unwrap(),
         functions: Vec::new(),
         record,
     }
@@ -95,7 +104,7 @@ fn map_edits(machine: &Machine) -> Vec<Edit> {
     if old == new { Vec::new() } else { vec![edit] }
 }
 
-fn record(machine: &Machine, name: &str, page: u32) -> PatchRecord {
+fn record(machine: &dyn PhysicalMemory, name: &str, page: u32) -> PatchRecord {
     let new = |index: u64| window::page_address(page).wrapping_add(index * FUNCTION);
     PatchRecord {
         name: name.to_owned(),
@@ -122,7 +131,7 @@ fn record(machine: &Machine, name: &str, page: u32) -> PatchRecord {
 }
 
 /// An entry jump five bytes into the function, after its fentry site.
-fn site(machine: &Machine, function: &str, entry: Gva, to: Gva) -> SiteRecord {
+fn site(machine: &dyn PhysicalMemory, function: &str, entry: Gva, to: Gva) -> SiteRecord {
     let at = entry.wrapping_add(5);
     let physical = Gpa(at.0 - TEXT.0);
     let mut old = vec![0; 5];

@@ -11,10 +11,13 @@ use serde::{Deserialize, Serialize};
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Gva, GvaRange, PhysicalMemory};
 
-use crate::arena::{Arena, ArenaError, ArenaWrite, BusyRange, MapEdits, PatchRecord, SiteRecord};
+use crate::arena::{
+    Arena, ArenaError, ArenaWrite, BusyRange, MapEdits, ModuleClaim, PatchRecord, SiteRecord,
+};
 use crate::link::layers::Layers;
 use crate::link::names::{Learned, Names};
 use crate::link::{Guest, Live, Plan};
+use crate::status::KnownPatch;
 use locate::{LocateError, Wanted};
 use run_pre::Matcher;
 
@@ -54,13 +57,13 @@ impl VerifyError {
 /// # Errors
 /// [`VerifyError`].
 pub fn verify(plan: Plan<'_>, guest: &Guest<'_>, arena: &Arena) -> Result<Verified, VerifyError> {
-    let layers = Layers::find(guest, arena.manifest());
-    old_functions_run(&plan, guest, &layers.beneath(guest))?;
+    let memory = guest.memory().physical;
+    old_functions_run(&plan, guest, &guest.over(&plan.layers.beneath(memory)))?;
+    let ground = plan.layers.ground(memory);
     for site in &plan.record.sites {
-        is_as_before(site, guest.memory().physical)?;
+        is_as_before(site, &ground)?;
     }
-    let mut switch = plan.record.apply_edits();
-    switch.extend(hooks_to_place(&plan.record, guest)?);
+    let switch = Switch::of(&plan.record, plan.layers, memory)?;
     let arrival = arena.admit(&plan.record, &plan.contents, &plan.fixtures, plan.global)?;
     Ok(Verified {
         boot: guest.kernel().identity.boot.clone(),
@@ -73,8 +76,10 @@ pub fn verify(plan: Plan<'_>, guest: &Guest<'_>, arena: &Arena) -> Result<Verifi
 }
 
 /// The edits of hooks that no other patch has placed.
-fn hooks_to_place(record: &PatchRecord, guest: &Guest<'_>) -> Result<Vec<Edit>, VerifyError> {
-    let memory = guest.memory().physical;
+fn hooks_to_place(
+    record: &PatchRecord,
+    memory: &dyn PhysicalMemory,
+) -> Result<Vec<Edit>, VerifyError> {
     let mut edits = Vec::new();
     for hook in &record.hooks {
         if !hook.is_in_place(memory)? {
@@ -147,9 +152,8 @@ pub struct Verified {
     pub arena_writes: Vec<ArenaWrite>,
     /// In the stop, first: map the arena window. Not reversed by rollback.
     pub map: MapEdits,
-    /// In the stop, after `map`: the entry jumps, and the hooks that are not there yet. Rollback reverses them, but
-    /// for hooks that another patch needs.
-    pub switch: Vec<Edit>,
+    /// In the stop, after `map`.
+    pub switch: Switch,
     /// What each function became, for the report.
     pub functions: Vec<FunctionReport>,
 }
@@ -158,12 +162,96 @@ impl Verified {
     /// The whole batch of the stop, in order.
     #[must_use]
     pub fn batch(&self) -> Vec<Edit> {
-        self.map.iter().chain(&self.switch).cloned().collect()
+        self.map.iter().chain(&self.switch.edits).cloned().collect()
     }
 
     /// What must stand on no stack when the batch is written.
     pub fn busy(&self) -> impl Iterator<Item = &BusyRange> {
-        self.record.busy_for_apply()
+        let undone = self.switch.undone.iter();
+        let left = undone.flat_map(|it| it.record.busy_for_rollback());
+        self.record.busy_for_apply().chain(left)
+    }
+
+    /// The places that are written.
+    pub fn places(&self) -> impl Iterator<Item = &SiteRecord> {
+        let left = self.switch.undone.iter().flat_map(Undone::sites);
+        let places = self.record.places().chain(left);
+        places.chain(&self.switch.unneeded)
+    }
+
+    /// The modules that some of these lie in.
+    pub fn modules(&self) -> impl Iterator<Item = &ModuleClaim> {
+        let left = self.switch.undone.iter().flat_map(Undone::modules);
+        self.record.modules.iter().chain(left)
+    }
+}
+
+/// What the stop changes in the guest's text.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switch {
+    /// The entry jumps, the hooks that are not there yet, and what undoes the patches that go.
+    pub edits: Vec<Edit>,
+    /// Patches that go, the uppermost first.
+    pub undone: Vec<Undone>,
+    /// Hooks that go with them.
+    pub unneeded: Vec<SiteRecord>,
+}
+
+impl Switch {
+    /// What a patch needs changed, by what is in place.
+    ///
+    /// # Errors
+    /// [`VerifyError::Changed`] where a hook is neither there nor as before, [`VerifyError::Memory`].
+    pub fn of(
+        record: &PatchRecord,
+        layers: &Layers,
+        memory: &dyn PhysicalMemory,
+    ) -> Result<Self, VerifyError> {
+        let mut edits = record.apply_edits();
+        edits.extend(hooks_to_place(record, memory)?);
+        let undone: Vec<_> = layers.undone().iter().map(Undone::of).collect();
+        let unneeded = layers.unneeded_hooks(&record.hooks);
+        if !undone.is_empty() || !unneeded.is_empty() {
+            // What others leave and what comes may be the same bytes: each of them once.
+            let mut wanted = layers.ground(memory);
+            wanted.peel(unneeded.iter().flat_map(|hook| &hook.edits));
+            wanted.put(&edits);
+            edits = wanted.edits()?;
+        }
+        Ok(Self {
+            edits,
+            undone,
+            unneeded,
+        })
+    }
+}
+
+/// A patch that goes when another comes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undone {
+    /// What is recorded of it.
+    pub record: PatchRecord,
+    /// Modules that took their part of it along before.
+    pub unloaded: Vec<ModuleClaim>,
+}
+
+impl Undone {
+    /// What is known of a patch, as far as undoing it needs.
+    #[must_use]
+    pub fn of(patch: &KnownPatch) -> Self {
+        Self {
+            record: patch.record.clone(),
+            unloaded: patch.unloaded.clone(),
+        }
+    }
+
+    fn sites(&self) -> impl Iterator<Item = &SiteRecord> {
+        self.record.sites_outside(&self.unloaded)
+    }
+
+    fn modules(&self) -> impl Iterator<Item = &ModuleClaim> {
+        let modules = self.record.modules.iter();
+        modules.filter(|it| !self.unloaded.contains(it))
     }
 }
 

@@ -10,6 +10,7 @@ use vmpatch_introspect::target::StopRequest;
 use vmpatch_patcher::apply::{Attempted, Change, Failure, Observer, Schedule, Unobserved};
 use vmpatch_patcher::arena::Loaded;
 use vmpatch_patcher::journal::{Entry, Folder};
+use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::rollback;
 use vmpatch_patcher::status::{self, Ledger, Report, State};
 use vmpatch_patcher::testing::sample::{self, BOOT};
@@ -43,7 +44,9 @@ impl Bench {
         observer: &dyn Observer,
     ) -> Result<Attempted, Failure> {
         let ledger = self.ledger();
-        ledger.admit(name, &format!("{name}-digest")).unwrap();
+        ledger
+            .admit(name, &format!("{name}-digest"), Stacking::Upon)
+            .unwrap();
         let verified = sample::verified(&self.machine, name);
         let change = Change::apply(&verified, &self.machine)?;
         self.make(ledger, change, observer)
