@@ -9,7 +9,12 @@ use vmpatch_patcher::build::{BuildError, BuildOptions, FileReport};
 const SOURCE: &str = "\
 struct inner { int low : 4; int high : 4; };
 struct item { long key; union { int one; char bytes[4]; }; struct inner flags; };
+struct padded { char kind; long end; };
+struct nested { const struct { char within; }; long end; };
+typedef char row[3];
+struct table { volatile row rows[2]; long end; };
 int get(struct item *it) { return it->one + it->flags.high; }
+long more(struct padded *p, struct nested *n, struct table *t) { return p->end + n->end + t->end; }
 ";
 
 fn with_types(source: &str) -> Vec<u8> {
@@ -64,7 +69,22 @@ fn a_structure_that_lies_otherwise_is_refused_by_its_name_and_member() {
         (
             "int high : 4;",
             "int high : 7;",
-            "struct inner: member high has moved",
+            "struct inner: member high has another width",
+        ),
+        (
+            "char kind;",
+            "short kind;",
+            "struct padded: member kind has another width",
+        ),
+        (
+            "char within;",
+            "short within;",
+            "struct nested: member within has another width",
+        ),
+        (
+            "rows[2];",
+            "rows[1];",
+            "struct table: member rows has another width",
         ),
     ] {
         let refused = changed(from, to, &[]).unwrap_err();
@@ -93,8 +113,13 @@ fn a_structure_that_is_said_to_be_safe_is_let_through_and_told() {
 fn what_lies_as_before_is_no_reason_to_refuse() {
     let whole = "int get(struct item *it) {";
     let with_another = format!("struct other {{ long x; }}; {whole} struct other o; use(&o);");
+    let of_rows = "typedef char row[3];\nstruct table { volatile row rows[2]; long end; };
+int get(struct item *it) { return it->one +";
+    let renamed = of_rows.replace("typedef char", "typedef signed char cell; typedef cell");
+    let renamed = renamed.replace("one +", "one -");
     for (from, to) in [
         ("it->one +", "it->one -"),
+        (of_rows, &renamed),
         (whole, &with_another),
         (
             "return it",
@@ -102,6 +127,6 @@ fn what_lies_as_before_is_no_reason_to_refuse() {
         ),
     ] {
         let (_, report) = changed(from, to, &[]).unwrap();
-        assert_eq!(report.layouts, Some(2), "{to}");
+        assert_eq!(report.layouts, Some(5), "{to}");
     }
 }

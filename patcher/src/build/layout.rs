@@ -60,15 +60,25 @@ fn difference(old: &Layout, new: &Layout) -> Option<String> {
     let (before, after) = (named(&old.members), named(&new.members));
     let gone = before.keys().find(|name| !after.contains_key(*name));
     let come = after.keys().find(|name| !before.contains_key(*name));
-    let moved = before.iter().find(|(name, place)| {
-        let now = after.get(*name);
-        now.is_some_and(|now| now != *place)
-    });
+    let differs = |what: fn(&(u64, Option<u64>)) -> Option<u64>| {
+        let mut both = before.iter();
+        let found = both.find(|(name, place)| {
+            let now = after.get(*name);
+            now.is_some_and(|now| what(now) != what(place))
+        });
+        found.map(|(name, _)| name)
+    };
+    let moved = differs(|(at, _)| Some(*at));
+    // Of some members the width cannot be told; those are as wide as before.
+    let grown = || differs(|(_, bits)| *bits);
     match (come, gone, moved) {
         (Some(come), Some(gone), _) => Some(format!("{gone} is gone and {come} has come")),
         (Some(come), None, _) => Some(format!("member {come} has come")),
         (None, Some(gone), _) => Some(format!("member {gone} is gone")),
-        (None, None, Some((name, _))) => Some(format!("member {name} has moved")),
+        (None, None, Some(name)) => Some(format!("member {name} has moved")),
+        (None, None, None) if let Some(name) = grown() => {
+            Some(format!("member {name} has another width"))
+        }
         (None, None, None) if old.bytes != new.bytes => Some(format!(
             "it has {} bytes instead of {}",
             new.bytes, old.bytes

@@ -12,6 +12,8 @@ use object::{Object as _, ObjectSection as _, read::RelocationMap};
 
 /// How deep structures without a name lie within each other before the rest is left out.
 const MAX_DEPTH: usize = 16;
+/// How many names, qualifiers and arrays a type may have around it.
+const MAX_LAYERS: usize = 32;
 /// Most members of one structure; the rest is left out. A hostile one may hold itself many times.
 const MAX_MEMBERS: usize = 1 << 14;
 
@@ -34,7 +36,7 @@ pub struct Member {
     pub name: String,
     /// Where it begins, in bits from the start of the structure.
     pub at_bit: u64,
-    /// Its width in bits, if it is a bit-field.
+    /// Its width in bits, where it is a bit-field or the width of its type can be told.
     pub bits: Option<u64>,
 }
 
@@ -137,11 +139,24 @@ struct RawMember {
     of: Option<UnitOffset>,
 }
 
+/// A type that is no structure, as far as its width goes.
+#[derive(Clone, Copy, Debug)]
+enum Plain {
+    Bytes(u64),
+    /// Another name for a type, or a qualified one.
+    Same(Option<UnitOffset>),
+    /// So many of a type one after the other; `None`: nobody knows how many.
+    Array(Option<UnitOffset>, Option<u64>),
+}
+
 #[derive(Debug, Default)]
 struct Unit {
     structures: HashMap<UnitOffset, Structure>,
+    plain: HashMap<UnitOffset, Plain>,
     /// The structures around the place that is read, and how deep each lies.
     open: Vec<(UnitOffset, isize)>,
+    /// The array whose dimensions are read.
+    array: Option<UnitOffset>,
 }
 
 impl Unit {
@@ -155,7 +170,7 @@ impl Unit {
             gimli::DW_TAG_structure_type => "struct",
             gimli::DW_TAG_union_type => "union",
             gimli::DW_TAG_member => return self.add_member(entry, strings),
-            _ => return,
+            _ => return self.add_plain(entry),
         };
         let Some(bytes) = number(entry, gimli::DW_AT_byte_size) else {
             // A mere declaration.
@@ -183,16 +198,80 @@ impl Unit {
         }
         let at_byte = number(entry, gimli::DW_AT_data_member_location).unwrap_or_default();
         let at_bit = number(entry, gimli::DW_AT_data_bit_offset);
-        let of = match entry.attr_value(gimli::DW_AT_type) {
-            Some(AttributeValue::UnitRef(offset)) => Some(offset),
-            _ => None,
-        };
         structure.members.push(RawMember {
             name: text(entry, strings),
             at_bit: at_bit.unwrap_or_else(|| at_byte.wrapping_mul(8)),
             bits: number(entry, gimli::DW_AT_bit_size),
-            of,
+            of: of(entry),
         });
+    }
+
+    fn add_plain(&mut self, entry: &Entry<'_>) {
+        let plain = match entry.tag() {
+            gimli::DW_TAG_typedef
+            | gimli::DW_TAG_const_type
+            | gimli::DW_TAG_volatile_type
+            | gimli::DW_TAG_restrict_type
+            | gimli::DW_TAG_atomic_type => Plain::Same(of(entry)),
+            gimli::DW_TAG_array_type => {
+                self.array = Some(entry.offset());
+                Plain::Array(of(entry), Some(1))
+            }
+            gimli::DW_TAG_subrange_type => return self.add_dimension(entry),
+            gimli::DW_TAG_base_type
+            | gimli::DW_TAG_pointer_type
+            | gimli::DW_TAG_enumeration_type => {
+                let Some(bytes) = number(entry, gimli::DW_AT_byte_size) else {
+                    return;
+                };
+                Plain::Bytes(bytes)
+            }
+            _ => return,
+        };
+        self.plain.insert(entry.offset(), plain);
+    }
+
+    /// The dimensions of an array are what lies within it.
+    fn add_dimension(&mut self, entry: &Entry<'_>) {
+        let array = self.array.and_then(|array| self.plain.get_mut(&array));
+        if let Some(Plain::Array(_, count)) = array {
+            let highest = || number(entry, gimli::DW_AT_upper_bound)?.checked_add(1);
+            let these = number(entry, gimli::DW_AT_count).or_else(highest);
+            *count = count
+                .zip(these)
+                .and_then(|(one, other)| one.checked_mul(other));
+        }
+    }
+
+    /// A type without its other names and qualifiers.
+    fn bare(&self, mut at: UnitOffset) -> Option<UnitOffset> {
+        for _ in 0..MAX_LAYERS {
+            match self.plain.get(&at) {
+                Some(Plain::Same(of)) => at = (*of)?,
+                _ => return Some(at),
+            }
+        }
+        None
+    }
+
+    /// Bytes of a type.
+    fn width(&self, mut at: UnitOffset) -> Option<u64> {
+        let mut times = 1_u64;
+        for _ in 0..MAX_LAYERS {
+            at = self.bare(at)?;
+            let bytes = match (self.plain.get(&at), self.structures.get(&at)) {
+                (Some(Plain::Array(of, count)), _) => {
+                    times = times.checked_mul((*count)?)?;
+                    at = (*of)?;
+                    continue;
+                }
+                (Some(Plain::Bytes(bytes)), _) => *bytes,
+                (_, Some(structure)) => structure.bytes,
+                _ => return None,
+            };
+            return times.checked_mul(bytes);
+        }
+        None
     }
 
     fn layouts(&self, into: &mut Layouts) {
@@ -223,12 +302,13 @@ impl Unit {
                 return;
             }
             let at_bit = at_bit.wrapping_add(member.at_bit);
-            let within = || self.structures.get(&member.of?);
+            let within = || self.structures.get(&self.bare(member.of?)?);
+            let width = || self.width(member.of?)?.checked_mul(8);
             match (&member.name, within()) {
                 (Some(name), _) => into.push(Member {
                     name: name.clone(),
                     at_bit,
-                    bits: member.bits,
+                    bits: member.bits.or_else(width),
                 }),
                 (None, Some(within)) if depth < MAX_DEPTH => {
                     self.flatten(within, (at_bit, depth + 1), budget, into);
@@ -236,6 +316,14 @@ impl Unit {
                 (None, _) => {}
             }
         }
+    }
+}
+
+/// The type that an entry has or is made of.
+fn of(entry: &Entry<'_>) -> Option<UnitOffset> {
+    match entry.attr_value(gimli::DW_AT_type)? {
+        AttributeValue::UnitRef(offset) => Some(offset),
+        _ => None,
     }
 }
 
