@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 pub mod address;
+pub mod call;
 pub mod deadline;
 pub mod dump;
 pub mod features;
@@ -35,6 +36,7 @@ pub mod unwind;
 pub mod vcpu;
 
 pub use address::{Gpa, GpaRange, Gva, GvaRange};
+pub use call::{Call, CallError, Called};
 pub use deadline::Deadline;
 pub use dump::Dump;
 pub use find::ForeignVcpu;

@@ -14,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{Gpa, GpaRange};
+use crate::call::{Call, CallError, Called};
 use crate::vcpu::Vcpu;
 
 /// Guest-physical memory that can be read at any time. What is read is hostile, and while the guest
@@ -98,6 +99,11 @@ pub trait Target: PhysicalMemory {
     /// # Errors
     /// [`ArenaError::Outside`] where any byte lies outside [`arena`](Self::arena).
     fn write_arena(&self, at: Gpa, bytes: &[u8]) -> Result<(), ArenaError>;
+
+    /// Whether its stops can [`call`](StoppedTarget::call).
+    fn can_call(&self) -> bool {
+        false
+    }
 }
 
 /// How long a stop may take to be reached, how long it may last, and what it is for.
@@ -187,6 +193,15 @@ pub trait StoppedTarget {
     /// # Errors
     /// [`WriteError`]; but for [`WriteError::UndoFailed`] no guest byte differs from before.
     fn write(&mut self, batch: &[Edit]) -> Result<(), WriteError>;
+
+    /// Lets one vCPU execute a function of the guest while all others stand, and sets it back as it was. What the function
+    /// wrote is not undone with the stop's own writes.
+    ///
+    /// # Errors
+    /// [`CallError`]; but for [`CallError::NotRestored`] every register is as before.
+    fn call(&mut self, _call: &Call) -> Result<Called, CallError> {
+        Err(CallError::Unsupported("its machine has no such operation"))
+    }
 
     /// Lets every vCPU run again and keeps what was written.
     ///

@@ -10,18 +10,19 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 use vmpatch_introspect::address::{Gpa, GpaRange};
+use vmpatch_introspect::call::{Call, CallError, Called};
 use vmpatch_introspect::target::{
     ArenaError, Edit, MemoryError, PhysicalMemory, ResumeError, StopError, StopReport, StopRequest,
     StoppedTarget, SwitchError, Target, WriteError,
 };
 use vmpatch_introspect::vcpu::Vcpu;
 
-use super::connection::{self, CallError, Connection};
+use super::connection::{self, Connection};
 use super::hot::{HotClient, Silence};
 use super::memory::MappedMemory;
 use crate::control::message::{ArenaWrite, Description, MAX_ARENA_WRITE, Opened, PROTOCOL, method};
 use crate::hot::map::Shared;
-use crate::hot::page::{Answer, Operation, Status};
+use crate::hot::page::{self, Answer, Operation, Status};
 
 /// Beyond a stop's own deadline the VMM may take this long to answer.
 const MARGIN: Duration = Duration::from_secs(2);
@@ -49,7 +50,7 @@ struct Session {
 pub enum ConnectError {
     /// The machine did not do as asked.
     #[error(transparent)]
-    Call(#[from] CallError),
+    Call(#[from] connection::CallError),
     /// It is of another version.
     #[error(
         "the VM speaks protocol {theirs}, this program {PROTOCOL}: use the vmpatch that started it"
@@ -179,6 +180,25 @@ impl Session {
         Ok(self.hot.page().report())
     }
 
+    fn call(&mut self, call: &Call) -> Result<Called, CallError> {
+        self.hot.page().set_call(call);
+        let limit = call.budget.saturating_add(MARGIN);
+        let answer = self
+            .command(Operation::Call, limit)
+            .map_err(CallError::Unreachable)?;
+        let vcpu = call.vcpu;
+        let why = answer.text();
+        match answer.status {
+            Status::Done | Status::NotReturned => page::what_called(&answer)
+                .ok_or_else(|| CallError::Unreachable(unexpected(answer.status))),
+            Status::Unfit => Err(CallError::Unfit { vcpu, why }),
+            Status::UndoFailed => Err(CallError::NotRestored { vcpu, why }),
+            Status::LeaseExpired => Err(CallError::LeaseExpired),
+            Status::Ended => Err(CallError::Unreachable(why)),
+            other => Err(CallError::Unreachable(unexpected(other))),
+        }
+    }
+
     fn resume(&mut self) -> Result<StopReport, ResumeError> {
         self.stopped = false;
         let answer = self
@@ -274,6 +294,10 @@ impl Target for KvmTarget {
         Ok(self.arena)
     }
 
+    fn can_call(&self) -> bool {
+        true
+    }
+
     fn write_arena(&self, at: Gpa, bytes: &[u8]) -> Result<(), ArenaError> {
         let len = bytes.len();
         let range = GpaRange::sized(at, len as u64);
@@ -314,6 +338,10 @@ impl StoppedTarget for KvmStopped<'_> {
 
     fn write(&mut self, batch: &[Edit]) -> Result<(), WriteError> {
         self.target.session().write(batch)
+    }
+
+    fn call(&mut self, call: &Call) -> Result<Called, CallError> {
+        self.target.session().call(call)
     }
 
     fn resume(self: Box<Self>) -> Result<StopReport, ResumeError> {

@@ -8,7 +8,7 @@ use vmpatch_introspect::address::{Gpa, GpaRange};
 use crate::vm::State;
 
 /// Raised with every change that an older peer would get wrong.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 /// The longest line, in bytes, newline included.
 pub const MAX_LINE: usize = 1 << 20;
 /// The most bytes of one arena write: hexadecimal or base64, it fits a line.

@@ -10,7 +10,8 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use vmpatch_introspect::address::Gpa;
+use vmpatch_introspect::address::{Gpa, Gva};
+use vmpatch_introspect::call::{Call, Called};
 use vmpatch_introspect::target::{Detail, Edit, StopReport, StopRequest};
 use vmpatch_introspect::vcpu::Vcpu;
 
@@ -21,7 +22,7 @@ use crate::vm::{MAX_BATCH_BYTES, MAX_EDITS};
 /// "vmpatch\0" as a little-endian word.
 const MAGIC: u64 = u64::from_le_bytes(*b"vmpatch\0");
 /// Raised with every change of the layout.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Words for a batch, or for the bytes or the text that explain an answer: every edit has a head of two
 /// words, and both sides are padded to whole words.
 const AREA_WORDS: usize = 2 * MAX_BATCH_BYTES / 8 + 4 * MAX_EDITS;
@@ -61,6 +62,8 @@ pub(crate) enum Operation {
     Abandon = 4,
     /// Write the batch in the area and, if it was written, resume and keep it.
     Switch = 5,
+    /// Let a vCPU make the call in the area.
+    Call = 6,
 }
 
 impl Operation {
@@ -72,6 +75,7 @@ impl Operation {
             3 => Some(Self::Resume),
             4 => Some(Self::Abandon),
             5 => Some(Self::Switch),
+            6 => Some(Self::Call),
             _ => None,
         }
     }
@@ -105,6 +109,10 @@ pub(crate) enum Status {
     Refused = 9,
     /// The machine has ended; the area says how.
     Ended = 10,
+    /// Call: the vCPU is in no state for it; the area says why.
+    Unfit = 11,
+    /// Call: it was made, and did not return. The area has [`called`].
+    NotReturned = 12,
 }
 
 impl Status {
@@ -121,6 +129,8 @@ impl Status {
             8 => Some(Self::LeaseExpired),
             9 => Some(Self::Refused),
             10 => Some(Self::Ended),
+            11 => Some(Self::Unfit),
+            12 => Some(Self::NotReturned),
             _ => None,
         }
     }
@@ -272,6 +282,45 @@ impl Page {
         words.map(|words| from_words(&words)).collect()
     }
 
+    /// Puts a call into the area.
+    pub(crate) fn set_call(&self, call: &Call) {
+        let budget = u64::try_from(call.budget.as_nanos()).unwrap_or(u64::MAX);
+        let words = [
+            u64::from(call.vcpu),
+            call.function.0,
+            call.stack.0,
+            call.page_tables.0,
+            call.gs_base.0,
+            call.gates.0,
+            call.idt.0,
+            call.gdt.0,
+            call.tss.0,
+            call.forbidden.0,
+            budget,
+        ];
+        for (word, value) in self.area.iter().zip(words) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// The call in the area, whatever is there.
+    pub(crate) fn call(&self) -> Call {
+        let word = |at| load(&self.area, at);
+        Call {
+            vcpu: u32::try_from(word(0)).unwrap_or(u32::MAX),
+            function: Gva(word(1)),
+            stack: Gva(word(2)),
+            page_tables: Gpa(word(3)),
+            gs_base: Gva(word(4)),
+            gates: Gva(word(5)),
+            idt: Gva(word(6)),
+            gdt: Gva(word(7)),
+            tss: Gva(word(8)),
+            forbidden: Gva(word(9)),
+            budget: Duration::from_nanos(word(10)),
+        }
+    }
+
     /// Puts a batch into the area; `None` if it does not fit.
     pub(crate) fn set_batch(&self, batch: &[Edit]) -> Option<()> {
         if batch.len() > MAX_EDITS {
@@ -310,6 +359,56 @@ impl Page {
             })
         });
         edits.collect()
+    }
+}
+
+/// Kinds of calls that did not return.
+const TRAPPED: u64 = 1;
+const LATE: u64 = 2;
+const STUCK: u64 = 3;
+
+/// The answer to a call that was made: of one that did not return three words, then text.
+pub(crate) fn called(called: &Called) -> Answer {
+    let (words, text) = match called {
+        Called::Returned(value) => return Answer::about(Status::Done, *value),
+        Called::Trapped { vector, frame, cr2 } => {
+            ([TRAPPED | u64::from(*vector) << 8, frame.0, *cr2], "")
+        }
+        Called::Late { at } => ([LATE, at.0, 0], ""),
+        Called::Stuck { at, what } => ([STUCK, at.0, 0], what.as_str()),
+    };
+    let mut answer = Answer::because(Status::NotReturned, 0, text);
+    let head = words.into_iter().flat_map(u64::to_le_bytes);
+    answer.bytes.splice(0..0, head);
+    answer
+}
+
+/// What such an answer says; `None` if it is none.
+pub(crate) fn what_called(answer: &Answer) -> Option<Called> {
+    if answer.status == Status::Done {
+        return Some(Called::Returned(answer.detail));
+    }
+    let (head, text) = answer.bytes.split_at_checked(24)?;
+    let mut words = head
+        .chunks_exact(8)
+        .map(|word| word.try_into().map(u64::from_le_bytes));
+    let (kind, at, cr2) = (
+        words.next()?.ok()?,
+        words.next()?.ok()?,
+        words.next()?.ok()?,
+    );
+    match (answer.status, kind & 0xff) {
+        (Status::NotReturned, TRAPPED) => Some(Called::Trapped {
+            vector: u8::try_from(kind >> 8).ok()?,
+            frame: Gva(at),
+            cr2,
+        }),
+        (Status::NotReturned, LATE) => Some(Called::Late { at: Gva(at) }),
+        (Status::NotReturned, STUCK) => Some(Called::Stuck {
+            at: Gva(at),
+            what: String::from_utf8_lossy(text).into_owned(),
+        }),
+        _ => None,
     }
 }
 
@@ -416,6 +515,50 @@ mod tests {
             page.set_request(request);
             assert_eq!(page.request(), request);
         }
+    }
+
+    #[test]
+    fn a_call_comes_out_as_it_went_in() {
+        let word = |n: u64| n << 33 | n;
+        let call = Call {
+            vcpu: 3,
+            function: Gva(word(1)),
+            stack: Gva(word(2)),
+            page_tables: Gpa(word(3)),
+            gs_base: Gva(word(4)),
+            gates: Gva(word(5)),
+            idt: Gva(word(6)),
+            gdt: Gva(word(7)),
+            tss: Gva(word(8)),
+            forbidden: Gva(word(9)),
+            budget: Duration::from_millis(10),
+        };
+        let page = page();
+        page.set_call(&call);
+        assert_eq!(page.call(), call);
+    }
+
+    #[test]
+    fn what_came_of_a_call_comes_out_as_it_went_in() {
+        let page = page();
+        for it in [
+            Called::Returned(u64::MAX),
+            Called::Trapped {
+                vector: 255,
+                frame: Gva(1 << 40),
+                cr2: 2,
+            },
+            Called::Late { at: Gva(7) },
+            Called::Stuck {
+                at: Gva(8),
+                what: "a triple fault".to_owned(),
+            },
+        ] {
+            let answer = called(&it);
+            page.set_answer(&answer);
+            assert_eq!(what_called(&page.answer(answer.status)), Some(it));
+        }
+        assert_eq!(what_called(&Answer::plain(Status::NotReturned)), None);
     }
 
     #[test]

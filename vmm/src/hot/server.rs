@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use vmpatch_introspect::call::CallError;
 use vmpatch_introspect::target::{StopError, WriteError};
 
 use super::map::Shared;
-use super::page::{Answer, Operation, Status};
+use super::page::{self, Answer, Operation, Status};
 use crate::vm::futex::{self, Sharing};
 use crate::vm::{Running, State, Stopped};
 
@@ -99,7 +100,11 @@ impl Session {
                     let left = until.saturating_duration_since(Instant::now());
                     futex::look(&self.page.command, seen, left);
                 }
-                futex::wait_either((&self.page.command, seen), (&self.gone, 0), until);
+                let words = [
+                    (&self.page.command, seen, Sharing::Shared),
+                    (&*self.gone, 0, Sharing::Private),
+                ];
+                futex::wait_either(words, until);
                 continue;
             }
             seen = word;
@@ -178,6 +183,13 @@ impl Session {
                 answer
             }
             Operation::Resume => self.resume(held.stopped),
+            Operation::Call => {
+                let answer = call(&mut held, &self.page);
+                if answer.status != Status::UndoFailed {
+                    self.held = Some(held);
+                }
+                answer
+            }
             Operation::Stop => {
                 self.held = Some(held);
                 Answer::plain(Status::Refused)
@@ -195,6 +207,20 @@ impl Session {
     fn resume(&self, stopped: Stopped) -> Answer {
         self.page.set_report(&stopped.resume());
         Answer::plain(Status::Done)
+    }
+}
+
+/// A call ends before the lease does.
+fn call(held: &mut Held, page: &Shared) -> Answer {
+    let order = page.call();
+    let until = held.until.min(Instant::now() + order.budget.min(MAX_LEASE));
+    match held.stopped.call(&order, until) {
+        Ok(called) => page::called(&called),
+        Err(CallError::Unfit { why, .. }) => Answer::because(Status::Unfit, 0, &why),
+        Err(CallError::NotRestored { why, .. }) => Answer::because(Status::UndoFailed, 0, &why),
+        Err(CallError::LeaseExpired) => Answer::plain(Status::LeaseExpired),
+        Err(CallError::Unsupported(why)) => Answer::because(Status::Unfit, 0, why),
+        Err(CallError::Unreachable(why)) => Answer::because(Status::Ended, 0, &why),
     }
 }
 
@@ -263,6 +289,7 @@ mod tests {
             Operation::Resume,
             Operation::Abandon,
             Operation::Switch,
+            Operation::Call,
         ]
         .into_iter()
         .enumerate()
@@ -320,7 +347,7 @@ mod tests {
                 words[(random() % reach) as usize].store(value, Ordering::SeqCst);
             }
             page.set_arguments([random() % 3_000_000, random() % 2_000_000, random() % 3]);
-            let operation = (random() % 7) as u32;
+            let operation = (random() % 8) as u32;
             command(page, number << 8 | operation);
         }
         command(page, Operation::Abandon.numbered(0xff_fff0));

@@ -4,14 +4,22 @@
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmpatch_introspect::call::CALL_PORT;
 
 use super::outcome::Fault;
 use super::registers::ioctl;
 use crate::bus::{Bus, Effect};
 
+/// Rounds of `KVM_RUN` that may be needed to complete pending I/O. KVM re-enters the guest, and sees
+/// `immediate_exit`, at least after each 1024 repetitions of a string instruction (Linux
+/// arch/x86/kvm/emulate.c, x86_emulate_insn); each can take several exits.
+pub(super) const DRAIN_ROUNDS: usize = 16 * 1024;
+
 /// What one entry into the guest came to.
 #[derive(Debug)]
 pub(super) enum Came {
+    /// A call has come to a gate ([`enter_for_call`] alone).
+    Gate,
     /// An access was served, or nothing is to be done: enter again.
     Back,
     /// A signal or `immediate_exit` ended it. No I/O is pending.
@@ -24,7 +32,19 @@ pub(super) enum Came {
 
 /// Enters the guest once and serves the exit.
 pub(super) fn enter(vcpu: &mut VcpuFd, bus: &Bus) -> Came {
+    enter_but(vcpu, bus, None)
+}
+
+/// The same in a call, which ends at a gate.
+pub(super) fn enter_for_call(vcpu: &mut VcpuFd, bus: &Bus) -> Came {
+    enter_but(vcpu, bus, Some(CALL_PORT.into()))
+}
+
+fn enter_but(vcpu: &mut VcpuFd, bus: &Bus, gate: Option<u16>) -> Came {
     let (port, direction) = match vcpu.run() {
+        Ok(VcpuExit::IoOut(port, data)) if Some(port) == gate && data.len() == 4 => {
+            return Came::Gate;
+        }
         Ok(VcpuExit::IoIn(port, data)) => (port, Direction::In(Buffer::of(data))),
         Ok(VcpuExit::IoOut(port, data)) => (port, Direction::Out(Buffer::of_const(data))),
         Ok(exit) => return serve(exit, bus),

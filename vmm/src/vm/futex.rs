@@ -56,17 +56,10 @@ pub(crate) fn look(word: &AtomicU32, seen: u32, limit: Duration) {
     }
 }
 
-/// Sleeps until one second word or the other may have changed, or `until` has passed. The first is
-/// shared with another process, the second with threads of this one (`futex_waitv`, since Linux 5.16).
-pub(crate) fn wait_either(
-    shared: (&AtomicU32, u32),
-    private: (&AtomicU32, u32),
-    until: Option<Instant>,
-) {
-    let waiters = [
-        waiter(shared.0, shared.1, Sharing::Shared),
-        waiter(private.0, private.1, Sharing::Private),
-    ];
+/// Sleeps until one word or the other may have changed from what was seen, or `until` has passed (`futex_waitv`, since
+/// Linux 5.16).
+pub(crate) fn wait_either(words: [(&AtomicU32, u32, Sharing); 2], until: Option<Instant>) {
+    let waiters = words.map(|(word, seen, sharing)| waiter(word, seen, sharing));
     let limit = until.map(|until| monotonic_in(until.saturating_duration_since(Instant::now())));
     let limit = limit.as_ref().map_or(ptr::null(), ptr::from_ref);
     // SAFETY: both words are borrowed for the whole call, the array holds two waiters, and `limit` is
@@ -84,7 +77,8 @@ pub(crate) fn wait_either(
     let missing = io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS);
     if result < 0 && missing {
         // An older host kernel: the second word is noticed late instead.
-        wait(shared.0, shared.1, Some(WITHOUT_WAITV), Sharing::Shared);
+        let [(word, seen, sharing), _] = words;
+        wait(word, seen, Some(WITHOUT_WAITV), sharing);
     }
 }
 
@@ -156,7 +150,8 @@ mod tests {
         let begin = Instant::now();
         let short = Duration::from_millis(20);
         wait(&word, 0, Some(short), Sharing::Private);
-        wait_either((&word, 0), (&other, 0), Some(Instant::now() + short));
+        let words = [(&word, 0, Sharing::Shared), (&other, 0, Sharing::Private)];
+        wait_either(words, Some(Instant::now() + short));
         assert!(begin.elapsed() >= Duration::from_millis(40));
     }
 
@@ -191,7 +186,11 @@ mod tests {
                 wake_all(word, sharing);
             });
             while words.0.load(Ordering::SeqCst) + words.1.load(Ordering::SeqCst) == 0 {
-                wait_either((&words.0, 0), (&words.1, 0), None);
+                let both = [
+                    (&words.0, 0, Sharing::Shared),
+                    (&words.1, 0, Sharing::Private),
+                ];
+                wait_either(both, None);
             }
             waker.join().unwrap();
         }

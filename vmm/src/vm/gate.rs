@@ -12,12 +12,14 @@
 //! ```
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use vmpatch_introspect::call::{CallError, Called};
 use vmpatch_introspect::target::Detail;
 use vmpatch_introspect::vcpu::Vcpu;
 
+use super::call::Order;
 use super::futex::{self, Sharing};
 use super::kick::Kicker;
 
@@ -76,6 +78,11 @@ pub(super) struct Post {
     stands_for: AtomicU32,
     /// Registers as it stored them when it came to stand.
     registers: Mutex<Option<Vcpu>>,
+    /// A call that it is to make while it stands, and what came of it.
+    order: Mutex<Option<Order>>,
+    called: Mutex<Option<Result<Called, CallError>>>,
+    /// Counts orders: what it sleeps on besides the wish.
+    orders: AtomicU32,
     /// When it was out of guest mode for the last stop, in nanoseconds after the gate was made.
     left_guest: AtomicU64,
     /// When it was about to enter the guest again, in nanoseconds after the gate was made.
@@ -199,16 +206,66 @@ impl Gate {
         post.left_guest.store(self.nanoseconds(), Ordering::SeqCst);
     }
 
-    /// The vCPU stands for `wish` with these registers until the wish changes. `meanwhile` is done once the
-    /// asker knows.
-    pub(super) fn stand(&self, post: &Post, wish: Wish, registers: Vcpu, meanwhile: impl FnOnce()) {
+    /// The vCPU stands for `wish` with these registers.
+    pub(super) fn stand(&self, post: &Post, wish: Wish, registers: Vcpu) {
+        // What nobody waits for any more.
+        *lock(&post.order) = None;
         *post.registers() = Some(registers);
         post.stands_for.store(wish.0, Ordering::SeqCst);
         self.ring();
-        meanwhile();
-        futex::look(&self.wish, wish.0, Duration::MAX);
+    }
+
+    /// Waits until the vCPU is to make a call; `None` once the wish has changed.
+    pub(super) fn order(&self, post: &Post, wish: Wish) -> Option<Order> {
+        let mut seen = post.orders.load(Ordering::SeqCst);
+        if lock(&post.order).is_none() {
+            futex::look(&self.wish, wish.0, Duration::MAX);
+        }
         while self.wish() == wish {
-            futex::wait(&self.wish, wish.0, None, Sharing::Private);
+            if let Some(order) = lock(&post.order).take() {
+                return Some(order);
+            }
+            let words = [(&self.wish, wish.0), (&post.orders, seen)];
+            futex::wait_either(
+                words.map(|(word, seen)| (word, seen, Sharing::Private)),
+                None,
+            );
+            seen = post.orders.load(Ordering::SeqCst);
+        }
+        None
+    }
+
+    /// The vCPU has made a call.
+    pub(super) fn called(&self, post: &Post, called: Result<Called, CallError>) {
+        *lock(&post.called) = Some(called);
+        self.ring();
+    }
+
+    /// Lets a vCPU that stands make a call, and waits for what comes of it; kicks it when its time is over.
+    pub(super) fn call(&self, order: Order) -> Result<Called, CallError> {
+        let ended = || CallError::Unreachable("it has ended".to_owned());
+        let index = usize::try_from(order.call.vcpu).ok();
+        let post = index.and_then(|index| self.posts.get(index));
+        let post = post.filter(|post| post.stands()).ok_or_else(ended)?;
+        let wish = self.wish();
+        *lock(&post.called) = None;
+        *lock(&post.order) = Some(order);
+        post.orders.fetch_add(1, Ordering::SeqCst);
+        futex::wake_all(&post.orders, Sharing::Private);
+        loop {
+            let bell = self.bell.load(Ordering::SeqCst);
+            if let Some(called) = lock(&post.called).take() {
+                return called;
+            }
+            if self.wish() != wish {
+                return Err(ended());
+            }
+            let left = order.until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                post.kicker.kick();
+            }
+            let left = if left.is_zero() { KICK_AGAIN } else { left };
+            futex::wait(&self.bell, bell, Some(left), Sharing::Private);
         }
     }
 
@@ -289,9 +346,11 @@ impl Post {
         *self.registers()
     }
 
-    fn registers(&self) -> std::sync::MutexGuard<'_, Option<Vcpu>> {
-        self.registers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn registers(&self) -> MutexGuard<'_, Option<Vcpu>> {
+        lock(&self.registers)
     }
+}
+
+fn lock<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,6 +11,7 @@
 
 mod assist;
 pub(crate) mod batch;
+mod call;
 mod exit;
 pub(crate) mod futex;
 mod gate;

@@ -140,7 +140,7 @@ const fn general(regs: &kvm_regs) -> [u64; 16] {
 
 /// Whether the registers may be those of a guest of the guest. Asked of KVM only where the guest has
 /// virtualisation switched on; both bits stay on in the nested guest too. No answer counts as yes.
-fn runs_nested_guest(vcpu: &VcpuFd, sregs: &kvm_sregs) -> bool {
+pub(super) fn runs_nested_guest(vcpu: &VcpuFd, sregs: &kvm_sregs) -> bool {
     if sregs.efer & EFER_SVME == 0 && sregs.cr4 & CR4_VMXE == 0 {
         return false;
     }

@@ -6,8 +6,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Cap, VmFd};
+use vmpatch_introspect::call::{CallError, Called};
 use vmpatch_introspect::target::{Detail, StopError};
 
+use super::call::Order;
 use super::gate::{CloseError, Closed, Gate};
 use super::outcome::Outcome;
 use super::state::{Holder, State};
@@ -219,6 +221,11 @@ impl Running {
         let gone = self.shared.gate.open();
         *state = next;
         Ok(gone)
+    }
+
+    /// Lets a vCPU that stands make a call.
+    pub(super) fn call(&self, order: Order) -> Result<Called, CallError> {
+        self.shared.gate.call(order)
     }
 
     /// A write could not be undone: the guest must not run on.

@@ -5,10 +5,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vmpatch_introspect::call::{Call, CallError, Called};
 use vmpatch_introspect::target::{Edit, StopReport, WriteError};
 use vmpatch_introspect::vcpu::Vcpu;
 
 use super::batch::Undo;
+use super::call::Order;
 use super::running::Running;
 use super::state::Holder;
 
@@ -82,6 +84,21 @@ impl Stopped {
         };
         self.report.write += begin.elapsed();
         if let Err(WriteError::UndoFailed { .. }) = &result {
+            self.get_stuck();
+        }
+        result
+    }
+
+    /// Lets a vCPU make a call, until then at most.
+    ///
+    /// # Errors
+    /// [`CallError`]. After [`CallError::NotRestored`] the machine stays stopped.
+    pub fn call(&mut self, call: &Call, until: Instant) -> Result<Called, CallError> {
+        if let Some(outcome) = self.machine.outcome() {
+            return Err(CallError::Unreachable(outcome.to_string()));
+        }
+        let result = self.machine.call(Order { call: *call, until });
+        if let Err(CallError::NotRestored { .. }) = &result {
             self.get_stuck();
         }
         result

@@ -18,9 +18,11 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS};
 use kvm_ioctls::VcpuFd;
 use vmpatch_introspect::address::Gpa;
+use vmpatch_introspect::call::{CallError, Called};
 use vmpatch_introspect::target::{Detail, PhysicalMemory};
 use vmpatch_introspect::vcpu::{Activity, Vcpu};
 
+use super::call::{self, Order};
 use super::exit::{self, Came};
 use super::gate::{Kind, Post, Wish};
 use super::kick::ImmediateExit;
@@ -28,11 +30,6 @@ use super::outcome::{Crash, Fault, Outcome};
 use super::registers::{self, Core, MsrReader};
 use super::{Shared, assist};
 use crate::bus::Effect;
-
-/// Rounds of `KVM_RUN` that may be needed to complete pending I/O. KVM re-enters the guest, and sees
-/// `immediate_exit`, at least after each 1024 repetitions of a string instruction (Linux
-/// arch/x86/kvm/emulate.c, x86_emulate_insn); each can take several exits.
-const DRAIN_ROUNDS: usize = 16 * 1024;
 
 /// Up to this many bytes of code are put into a crash report.
 const CODE_BYTES: u64 = 16;
@@ -110,7 +107,7 @@ impl Runner {
     fn turn(&mut self) -> Result<Turned, Box<Outcome>> {
         self.forget_stored();
         match exit::enter(&mut self.fd, &self.shared.bus) {
-            Came::Back => Ok(Turned::Served),
+            Came::Back | Came::Gate => Ok(Turned::Served),
             Came::Interrupted => Ok(Turned::Interrupted),
             Came::Off(Effect::Reset) => Err(Box::new(Outcome::Reset)),
             Came::Off(_) => Err(Box::new(Outcome::PowerOff)),
@@ -141,20 +138,34 @@ impl Runner {
         };
         let (msrs, fd) = (&mut self.msrs, &self.fd);
         let vcpu = registers::vcpu(self.index, activity, &core, msrs, fd);
-        self.shared.gate.stand(post, wish, vcpu, || {
-            // Before the guest runs on, and while somebody else looks at it. EINVAL until it has a kvmclock
-            // (Linux arch/x86/kvm/x86.c, kvm_set_guest_paused); without one there is nothing to tell.
-            let _ = fd.kvmclock_ctrl();
-        });
+        self.shared.gate.stand(post, wish, vcpu);
+        // Before the guest runs on, and while somebody else looks at it. EINVAL until it has a kvmclock
+        // (Linux arch/x86/kvm/x86.c, kvm_set_guest_paused); without one there is nothing to tell.
+        let _ = self.fd.kvmclock_ctrl();
+        while let Some(order) = self.shared.gate.order(post, wish) {
+            let called = self.call(&order, wish);
+            self.shared.gate.called(post, called);
+        }
         self.shared.gate.go(post);
         Ok(())
+    }
+
+    /// Makes a call of a guest function, and stands as before then.
+    fn call(&mut self, order: &Order, wish: Wish) -> Result<Called, CallError> {
+        let (gate, exit) = (&self.shared.gate, self.exit);
+        let wanted = || gate.wish() == wish;
+        let called = call::call(&mut self.fd, &self.shared.bus, order, wanted, |at_once| {
+            exit.ask(at_once);
+        });
+        self.forget_stored();
+        called
     }
 
     /// Completes pending I/O and reads the registers. `None` where the wish changed meanwhile, or the
     /// I/O went on and on: the vCPU does not stand then.
     fn drain(&mut self, wish: Wish) -> Result<Option<Core>, Box<Outcome>> {
         self.exit.ask(true);
-        for _ in 0..DRAIN_ROUNDS {
+        for _ in 0..exit::DRAIN_ROUNDS {
             match self.turn()? {
                 Turned::Interrupted => return self.core().map(Some),
                 Turned::Served if self.shared.gate.wish() != wish => break,

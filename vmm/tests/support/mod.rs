@@ -87,7 +87,12 @@ pub enum Mode {
     Protected,
     /// The same with a handler for #BP at this address.
     Breakpoint(u16),
+    /// 64 bits, interrupts on, all RAM mapped as it is.
+    Long,
 }
+
+/// Top-level page table of [`Mode::Long`], with two tables after it.
+const PAGE_TABLES: u64 = 0x10000;
 
 /// Where descriptor tables lie, below the code.
 const GDT: u64 = 0x500;
@@ -123,6 +128,14 @@ pub fn start(
             memory.write(Gpa(at), &u64::to_le_bytes(entry)).unwrap();
         }
     }
+    if let Mode::Long = mode {
+        // The last is a page of 2 MiB.
+        let entries = [PAGE_TABLES + 0x1003, PAGE_TABLES + 0x2003, 0x83];
+        for (level, entry) in (0..).zip(entries) {
+            let at = Gpa(PAGE_TABLES + level * 0x1000);
+            memory.write(at, &u64::to_le_bytes(entry)).unwrap();
+        }
+    }
     let mut vm = Vm::new(kvm, memory, options).unwrap();
     for index in 0..vcpus {
         let vcpu = vm.add_vcpu().unwrap();
@@ -152,11 +165,22 @@ fn set_up(vcpu: &kvm_ioctls::VcpuFd, mode: Mode) {
         (sregs.gdt.base, sregs.gdt.limit) = (GDT, 23);
         (sregs.idt.base, sregs.idt.limit) = (IDT, 31);
     }
+    if let Mode::Long = mode {
+        sregs.cr0 = 0x8001_0033;
+        sregs.cr3 = PAGE_TABLES;
+        sregs.cr4 = 0x620;
+        sregs.efer = 0x500;
+        sregs.cs = flat(0xb, 8);
+        (sregs.cs.l, sregs.cs.db) = (1, 0);
+        let data = flat(0x3, 16);
+        (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+        sregs.idt.limit = 0;
+    }
     vcpu.set_sregs(&sregs).unwrap();
     let mut regs = vcpu.get_regs().unwrap();
     regs.rip = CODE;
     regs.rsp = 0xf00;
-    regs.rflags = 2;
+    regs.rflags = if let Mode::Long = mode { 0x202 } else { 2 };
     vcpu.set_regs(&regs).unwrap();
 }
 
