@@ -1,7 +1,7 @@
 //! The diff of a fix in a tree: which files it makes a difference to, and their objects without and with it.
 //!
 //! ```text
-//! Diff ─ affected ─ compile ─ patch ─ compile ─ those that differ ─ compile wide ─ restore ─ Built
+//! Diff ─ affected ─ compile ─ patch ─ compile ─ those that differ ─ compile wide ─ orc ─ restore ─ Built
 //! ```
 
 use std::collections::{BTreeSet, HashMap};
@@ -12,6 +12,7 @@ use std::process::Command;
 use crate::affected::{self, Affected};
 use crate::diff::Diff;
 use crate::error::{At, BuildError};
+use crate::orc::{Maker, Orc};
 use crate::tree::{Compiled, Tree};
 use crate::{code, command, lines, wide};
 
@@ -27,6 +28,8 @@ pub struct Pair {
     /// After, compiled such that each static branch takes five bytes and nothing else differs; `None` where there is none.
     /// The guest has the short ones, so old and new are compared without it; it is what new code is taken from.
     pub wide: Option<Vec<u8>>,
+    /// How to unwind from the code of that, or of `new` where there is none.
+    pub orc: Orc,
     /// The module that it is linked into; `None` for vmlinux.
     pub module: Option<String>,
 }
@@ -151,6 +154,7 @@ impl Tree {
                 old: old.object.clone(),
                 new: new.object,
                 wide: None,
+                orc: Orc::Within,
                 module: old.module.clone(),
             });
         }
@@ -158,6 +162,7 @@ impl Tree {
             return Err(BuildError::AllTheSame(affected.includers.len()));
         }
         self.add_wide(&mut pairs, step)?;
+        self.add_orc(&mut pairs)?;
         Ok(Built { pairs, left_out })
     }
 
@@ -177,6 +182,17 @@ impl Tree {
         let mut made = self.compile_wide(&files)?;
         for pair in branching {
             pair.wide = made.remove(&pair.file);
+        }
+        Ok(())
+    }
+
+    /// Has unwind data made for the objects that new code is taken from.
+    fn add_orc(&self, pairs: &mut [Pair]) -> Result<(), BuildError> {
+        let config = self.out.join(".config");
+        let config = fs::read_to_string(&config).at(&config)?;
+        let maker = Maker::of(&self.out, &config);
+        for pair in pairs {
+            pair.orc = maker.make(pair.wide.as_ref().unwrap_or(&pair.new));
         }
         Ok(())
     }

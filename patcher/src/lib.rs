@@ -17,4 +17,5 @@ pub mod rollback;
 pub mod status;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod unwind;
 pub mod verify;

@@ -152,7 +152,7 @@ fn a_frame_in_code_of_a_patch_is_followed_by_the_table_that_came_with_it() {
     let (mut unwinder, words, saved) = in_a_patch();
     let before = sleeping(&unwinder, &words, saved);
     let unknown = Unreliable::NoUnwindData(Gva(ARENA + 0x20));
-    assert_eq!(before.unreliable, Some(unknown.clone()));
+    assert_eq!(before.unreliable, Some(unknown));
     let rows = [
         (Gva(ARENA), Entry::FUNCTION_START),
         (Gva(ARENA + 4), pushed(16)),

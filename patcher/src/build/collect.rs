@@ -179,6 +179,7 @@ fn shell(new: &Side, thing: Thing) -> Section {
         relocations,
         sites,
         traps: Vec::new(),
+        unwind: Vec::new(),
     }
 }
 
@@ -247,10 +248,13 @@ impl<'a> Filler<'_, 'a> {
         let relocations = site::relocations(&view.references, calls, &mut resolver);
         let sites = site::sites(new, function, &mut resolver);
         let traps = site::traps(new, function, &mut resolver);
+        let (home, start, end) = extent(new, Thing::Function(function));
+        let unwind = self.unit.unwind.of_function(home, start, end);
         let filled = self.section(section);
         filled.relocations = relocations;
         filled.sites = sites;
         filled.traps = traps;
+        filled.unwind = unwind;
         filled.align = filled.align.max(16);
         let bytes = filled.bytes.len() as u64;
         if self.unit.verdicts[function] == Verdict::New {

@@ -26,11 +26,13 @@ mod site;
 mod special;
 mod table;
 mod unit;
+mod unwind;
 
 use std::fmt;
 
 pub use old::OldFunction;
 pub use report::{Brought, BuildReport, FileReport, Ignored, Refused, Replaced};
+pub use unwind::UnwindData;
 
 use collect::{Collector, Thing};
 use compare::Verdict;
@@ -56,6 +58,8 @@ pub struct ObjectPair<'a> {
     /// The new version with every static-key branch as long as a jump of five bytes, from which new code is taken; without
     /// it, from `new`.
     pub wide: Option<&'a [u8]>,
+    /// How to unwind from new code, which is that of `wide` or `new`.
+    pub unwind: UnwindData<'a>,
 }
 
 /// What a build is to make besides what the objects say.
@@ -184,7 +188,10 @@ fn assemble(mut collector: Collector<'_>, options: &BuildOptions) -> (Patch, Bui
         sections: collector.sections,
         symbols: collector.symbols.finish(),
     };
-    let files = collector.reports;
+    let mut files = collector.reports;
+    for file in files.iter_mut().filter(|file| !file.brings_code()) {
+        file.no_unwind_data = None;
+    }
     (patch, BuildReport { files })
 }
 

@@ -32,6 +32,9 @@ pub struct FileReport {
     pub unchanged: usize,
     /// Structures whose layout was compared; `None`: the objects have no debug information to tell it.
     pub layouts: Option<usize>,
+    /// Why stacks cannot be followed through new code of this file; `None`: they can, or it brings none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_unwind_data: Option<String>,
 }
 
 /// A function that is replaced.
@@ -89,6 +92,10 @@ impl FileReport {
         }
     }
 
+    pub(super) fn brings_code(&self) -> bool {
+        !self.replaced.is_empty() || self.new.iter().any(|it| it.kind == "function")
+    }
+
     fn is_empty(&self) -> bool {
         self.replaced.is_empty() && self.new.is_empty() && self.refused.is_empty()
     }
@@ -113,6 +120,9 @@ impl fmt::Display for FileReport {
         }
         for it in &self.refused {
             writeln!(f, "refused   {it}")?;
+        }
+        if let Some(why) = &self.no_unwind_data {
+            writeln!(f, "note      no unwind data for new code: {why}")?;
         }
         match f.alternate() {
             true => writeln!(f, "unchanged {} functions", self.unchanged),

@@ -6,6 +6,7 @@ use super::key::Names;
 use super::pair::{self, Pairs};
 use super::report::{FileReport, Ignored, Refused};
 use super::side::Side;
+use super::unwind::Tables;
 use super::{BuildError, ObjectPair, Version, data, layout};
 use crate::object;
 use crate::patch;
@@ -25,6 +26,8 @@ pub(super) struct Unit {
     pub(super) names: Names,
     /// What became of each function of the new version.
     pub(super) verdicts: Vec<Verdict>,
+    /// How to unwind from the new one's code.
+    pub(super) unwind: Tables,
 }
 
 impl Unit {
@@ -51,11 +54,25 @@ impl Unit {
             pairs,
             names,
             verdicts,
+            unwind: Tables::default(),
         };
-        match pair.wide {
-            Some(_) => unit.widened(pair, report),
-            None => Ok((unit, report)),
+        let (unit, report) = match pair.wide {
+            Some(_) => unit.widened(pair, report)?,
+            None => (unit, report),
+        };
+        Ok(unit.with_unwind_data(pair, report))
+    }
+
+    fn with_unwind_data(
+        mut self,
+        pair: &ObjectPair<'_>,
+        mut report: FileReport,
+    ) -> (Self, FileReport) {
+        match Tables::read(&self.new.object, pair.unwind) {
+            Ok(tables) => self.unwind = tables,
+            Err(why) => report.no_unwind_data = Some(why),
         }
+        (self, report)
     }
 
     /// The same with the new code as it is built with static-key branches of five bytes: the verdicts stay, for the branches
@@ -102,6 +119,7 @@ impl Unit {
                 object: self.object,
                 names: pairs.names(&self.old),
                 verdicts: verdicts.collect(),
+                unwind: self.unwind,
                 old: self.old,
                 new: wide,
                 pairs,

@@ -393,6 +393,7 @@ mod tests {
             relocations: vec![relocation(1, 0), relocation(6, 1)],
             sites,
             traps: Vec::new(),
+            unwind: Vec::new(),
         };
         Patch {
             name: "p".into(),

@@ -198,6 +198,7 @@ mod tests {
             relocations: Vec::new(),
             sites: Vec::new(),
             traps: Vec::new(),
+            unwind: Vec::new(),
         }
     }
 

@@ -229,6 +229,7 @@ mod tests {
             relocations: Vec::new(),
             sites: Vec::new(),
             traps,
+            unwind: Vec::new(),
         };
         Patch {
             name: "p".into(),

@@ -226,7 +226,8 @@ fn section(patch: &Patch, section: &Section) -> Result<(), Malformed> {
     };
     place.relocations(&section.relocations)?;
     place.sites(&section.sites)?;
-    place.traps(section.kind, &section.traps)
+    place.traps(section.kind, &section.traps)?;
+    place.unwind(section.kind, &section.unwind)
 }
 
 fn symbol(patch: &Patch, index: usize, symbol: &Symbol) -> Result<(), Malformed> {

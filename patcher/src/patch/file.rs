@@ -23,7 +23,7 @@ use super::digest::Digest;
 /// First bytes of every patch file.
 pub const MAGIC: [u8; 8] = *b"VMPATCH\0";
 /// The format this program writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// Largest file accepted, header included: four times what the arena (4 MiB) can hold.
 pub const MAX_FILE_BYTES: u64 = 16 << 20;
 

@@ -11,6 +11,7 @@ pub(crate) mod sample;
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
+use vmpatch_introspect::unwind::orc::Entry;
 
 /// A whole patch, as built.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -237,6 +238,17 @@ pub struct Section {
     pub sites: Vec<Site>,
     /// Places of new code where the CPU may trap, sorted by offset.
     pub traps: Vec<Trap>,
+    /// How to unwind from new code, sorted by offset; empty where that is not known.
+    pub unwind: Vec<Unwind>,
+}
+
+/// What holds of the stack from a place in code on, up to the next such place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unwind {
+    /// Offset of the first instruction that it holds at; that of the end of the section for the last.
+    pub offset: u32,
+    /// What holds, whatever format the kernel it was made for stores it in.
+    pub entry: Entry,
 }
 
 /// A place in code where the CPU traps, and what the kernel then looks up in a table of its own.

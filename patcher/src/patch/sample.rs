@@ -2,8 +2,10 @@
 
 use super::{
     Alternative, Code, Fragment, Part, Patch, Reference, Relocation, RelocationKind, Replacement,
-    Requirement, Section, SectionKind, Site, SiteKind, Symbol, Trap, TrapKind, Unit, VMLINUX,
+    Requirement, Section, SectionKind, Site, SiteKind, Symbol, Trap, TrapKind, Unit, Unwind,
+    VMLINUX,
 };
+use vmpatch_introspect::unwind::orc::Entry;
 
 /// `call __fentry__; lea string, %rdi; jmp __x86_return_thunk`, with one site of each kind.
 fn old_code() -> Code {
@@ -87,6 +89,20 @@ fn traps() -> Vec<Trap> {
     vec![trap(20, fault), trap(24, bug)]
 }
 
+/// One push after the mark, and the end.
+fn unwind(len: usize) -> Vec<Unwind> {
+    let row = |offset, entry| Unwind { offset, entry };
+    let pushed = Entry {
+        sp_offset: 16,
+        ..Entry::FUNCTION_START
+    };
+    vec![
+        row(0, Entry::FUNCTION_START),
+        row(6, pushed),
+        row(len as u32, Entry::UNDEFINED),
+    ]
+}
+
 /// The patch.
 pub(crate) fn patch() -> Patch {
     let guest = |name: &str| Symbol::Guest {
@@ -102,10 +118,12 @@ pub(crate) fn patch() -> Patch {
         relocations: vec![],
         sites: vec![],
         traps: vec![],
+        unwind: vec![],
     };
     let mut text = section(".text.sample", SectionKind::Text, old_code().bytes);
     text.bytes[24..26].copy_from_slice(&[0x0f, 0x0b]);
     text.traps = traps();
+    text.unwind = unwind(text.bytes.len());
     text.relocations = vec![Relocation {
         offset: 8,
         kind: RelocationKind::Absolute32Signed,

@@ -15,7 +15,7 @@ use vmpatch_introspect::modules::{Module, ModulePlace};
 use vmpatch_introspect::target::{Edit, MemoryError};
 use vmpatch_introspect::{Dump, Gpa, GpaRange, Kernel, PhysicalMemory};
 use vmpatch_patcher::arena::ArenaWrite;
-use vmpatch_patcher::build::{BuildOptions, ObjectPair, build};
+use vmpatch_patcher::build::{BuildOptions, ObjectPair, UnwindData, build};
 use vmpatch_patcher::link;
 use vmpatch_patcher::patch::file::PatchFile;
 
@@ -215,6 +215,7 @@ fn sample(pair: &Path) -> PatchFile {
         old: &bytes("old.o"),
         new: &bytes("new.o"),
         wide: None,
+        unwind: UnwindData::Within,
     };
     let (patch, _) = build(&[pair], &options).unwrap_or_else(|why| panic!("{name}: {why}"));
     PatchFile::new(patch).unwrap()

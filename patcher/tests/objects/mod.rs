@@ -5,7 +5,7 @@
 use std::process::Command;
 
 use vmpatch_patcher::build::{
-    BuildError, BuildOptions, BuildReport, FileReport, ObjectPair, build,
+    BuildError, BuildOptions, BuildReport, FileReport, ObjectPair, UnwindData, build,
 };
 use vmpatch_patcher::patch::file::{PatchFile, decode};
 use vmpatch_patcher::patch::{Code, Patch, Relocation, Replacement, Section, Symbol};
@@ -84,6 +84,7 @@ pub(crate) fn pair<'a>(file: &'a str, old: &'a [u8], new: &'a [u8]) -> ObjectPai
         old,
         new,
         wide: None,
+        unwind: UnwindData::Within,
     }
 }
 

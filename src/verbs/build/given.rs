@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use vmpatch_kbuild::Orc;
 use vmpatch_patcher::patch::VMLINUX;
 
 use super::objects::{File, read};
@@ -22,6 +23,7 @@ pub(super) fn given(
             old: read(old, "object")?,
             new: read(new, "object")?,
             wide: None,
+            orc: Orc::Within,
         })
     });
     files.collect()

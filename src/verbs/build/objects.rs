@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::anyhow;
 use serde::Serialize;
 use vmpatch_kbuild::fix::{LeftOut, Why};
-use vmpatch_kbuild::{Diff, Pair, Running, Tree};
-use vmpatch_patcher::build::ObjectPair;
+use vmpatch_kbuild::{Diff, Orc, Pair, Running, Tree};
+use vmpatch_patcher::build::{ObjectPair, UnwindData};
 use vmpatch_patcher::patch::VMLINUX;
 
 use super::given::given;
@@ -23,6 +23,7 @@ pub(super) struct File {
     pub(super) old: Vec<u8>,
     pub(super) new: Vec<u8>,
     pub(super) wide: Option<Vec<u8>>,
+    pub(super) orc: Orc,
 }
 
 /// The objects of all files.
@@ -98,6 +99,11 @@ impl File {
             old: &self.old,
             new: &self.new,
             wide: self.wide.as_deref(),
+            unwind: match &self.orc {
+                Orc::Within => UnwindData::Within,
+                Orc::Copy(copy) => UnwindData::Copy(copy),
+                Orc::Absent(why) => UnwindData::Absent { why },
+            },
         }
     }
 }
@@ -110,6 +116,7 @@ impl From<Pair> for File {
             old: pair.old,
             new: pair.new,
             wide: pair.wide,
+            orc: pair.orc,
         }
     }
 }

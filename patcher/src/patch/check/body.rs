@@ -3,7 +3,7 @@
 use super::{ABSENT, Malformed, OUTSIDE, count, index, printable};
 use crate::patch::{
     Alternative, Patch, Reference, Relocation, RelocationKind, SectionKind, Site, SiteKind, Symbol,
-    Trap, TrapKind,
+    Trap, TrapKind, Unwind,
 };
 
 /// The instruction of WARN and BUG (Linux v6.12 arch/x86/include/asm/bug.h, `ASM_UD2`).
@@ -67,6 +67,30 @@ impl Body<'_> {
             last = Some(offset);
             self.end("trap", offset, 1)?;
             self.trap(trap)?;
+        }
+        Ok(())
+    }
+
+    /// Every row of unwind data in code or at its end, after the one before, and of a kind that functions have.
+    pub(super) fn unwind(&self, kind: SectionKind, rows: &[Unwind]) -> Result<(), Malformed> {
+        let mut last = None;
+        for row in rows {
+            let offset = u64::from(row.offset);
+            if kind != SectionKind::Text {
+                return Err(self.offset("unwind data", offset, "is not of code"));
+            }
+            if last.is_some_and(|last| offset <= last) {
+                return Err(self.offset("unwind data", offset, "is not after the one before it"));
+            }
+            last = Some(offset);
+            self.end("unwind data", offset, 0)?;
+            if !crate::unwind::is_of_function(&row.entry) {
+                return Err(self.offset(
+                    "unwind data",
+                    offset,
+                    "is of no kind that functions have",
+                ));
+            }
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 use super::super::sample;
 use super::*;
-use crate::patch::{Alternative, Reference, SiteKind, TrapKind};
+use vmpatch_introspect::unwind::orc::{Base, Entry, Kind};
+
+use crate::patch::{Alternative, Reference, SiteKind, TrapKind, Unwind};
 
 /// What is said of the sample after a change.
 fn after(change: impl FnOnce(&mut Patch)) -> String {
@@ -45,6 +47,30 @@ fn names_with_control_characters_are_refused() {
     assert!(after(|p| p.requires.release = Some("\n".to_owned())).contains("release"));
     assert!(after(|p| p.requires.build_id = Some("ABCD".repeat(8))).contains("build id"));
     assert!(after(|p| p.replaced[0].old_parts[0].name = "x".repeat(513)).contains("split-off"));
+}
+
+#[test]
+fn unwind_data_that_no_function_can_have_is_refused() {
+    let rows = |change: fn(&mut Vec<Unwind>)| after(|p| change(&mut p.sections[0].unwind));
+    assert!(rows(|rows| rows.swap(0, 1)).contains("not after the one before"));
+    assert!(rows(|rows| rows[1].offset = 0).contains("not after the one before"));
+    assert!(rows(|rows| rows[2].offset += 1).contains("outside"));
+    let of_entry_code: [fn(&mut Entry); 5] = [
+        |it| it.kind = Kind::EndOfStack,
+        |it| it.kind = Kind::Regs,
+        |it| it.signal = true,
+        |it| it.sp = Base::Unknown,
+        |it| it.bp = Base::Dx,
+    ];
+    for change in of_entry_code {
+        let said = after(|p| change(&mut p.sections[0].unwind[1].entry));
+        assert!(said.contains("no kind that functions have"), "{said}");
+    }
+    let said = after(|p| {
+        let rows = p.sections[0].unwind.clone();
+        p.sections[1].unwind = rows;
+    });
+    assert!(said.contains("not of code"), "{said}");
 }
 
 #[test]
