@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use common::{Changed, Guest, each_guest, some_guest};
@@ -24,6 +25,32 @@ fn modules_equal_proc_modules() {
             assert_eq!(format!("{:#x}", module.text.start.0), words[5]);
         }
     });
+}
+
+#[test]
+fn the_users_of_modules_equal_proc_modules() {
+    let (guests, used) = (Cell::new(0), Cell::new(0));
+    each_guest(|guest| {
+        guests.set(guests.get() + 1);
+        let answer = guest.answer("modules.txt").unwrap();
+        let modules = guest.kernel.modules(&guest.dump).unwrap();
+        for (module, line) in modules.iter().zip(answer.lines()) {
+            let listed = line.split_whitespace().nth(3).unwrap();
+            let listed = listed.split(',').filter(|name| !matches!(*name, "" | "-"));
+            let mut listed: Vec<_> = listed.collect();
+            let uses_it = |user: &&Module| user.uses.as_ref().unwrap().contains(&module.at);
+            let users = modules.iter().filter(uses_it);
+            let mut users: Vec<_> = users.map(|user| user.name.as_str()).collect();
+            listed.sort_unstable();
+            users.sort_unstable();
+            assert_eq!(users, listed, "{}", module.name);
+            used.set(used.get() + users.len());
+        }
+    });
+    assert!(
+        guests.get() == 0 || used.get() > 0,
+        "no module uses another"
+    );
 }
 
 #[test]

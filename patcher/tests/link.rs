@@ -483,3 +483,13 @@ fn a_function_that_the_guest_has_livepatched_itself_is_refused_and_a_traced_one_
         "{livepatched:?}"
     );
 }
+
+#[test]
+fn code_of_a_module_may_use_what_stays_as_long_as_it_does_and_no_other_module() {
+    for (name, guest) in Guest::all(SAMPLED) {
+        let view = guest.view();
+        let of = |object: &str| view.named_in(object, "failover_register").len();
+        assert_eq!((of("failover"), of("net_failover")), (1, 1), "{name}");
+        assert_eq!(of("dummy"), 0, "{name}");
+    }
+}

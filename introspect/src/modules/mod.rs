@@ -34,6 +34,9 @@ pub struct Module {
     pub text: GvaRange,
     /// Init text, where it has not been freed.
     pub init_text: Option<GvaRange>,
+    /// The modules that it uses, by their `struct module`: none of them can be unloaded before it. `None` where the kernel
+    /// does not keep book of that, for it unloads none (`CONFIG_MODULE_UNLOAD`).
+    pub uses: Option<Vec<Gva>>,
     /// Its symbols (`mod->kallsyms`).
     pub symbols: Symbols,
     /// ORC ip table and entry table, with the number of entries, where the kernel has ORC.

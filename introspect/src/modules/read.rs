@@ -17,6 +17,8 @@ const MOST_SYMBOLS: u64 = 1 << 18;
 const MOST_NAMES: usize = 32 << 20;
 /// Longest name within a module that is believed (Linux v6.12 include/linux/kallsyms.h, KSYM_NAME_LEN).
 const LONGEST_NAME: usize = 512;
+/// More modules than one uses.
+const MOST_USES: usize = 1 << 10;
 /// More modules than there is room for in the module window (1 GiB of pages).
 const MOST_MODULES: usize = 1 << 16;
 
@@ -31,6 +33,17 @@ pub(crate) struct ModuleFields {
     /// Missing in kernels without kallsyms of modules.
     tables: Option<KallsymsFields>,
     orc: Option<OrcFields>,
+    /// Missing in kernels that unload no module.
+    uses: Option<UseFields>,
+}
+
+/// `module.target_list`, on which each `struct module_use` names a module that this one uses (Linux v6.12 and v6.1
+/// kernel/module/main.c, `add_module_usage`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct UseFields {
+    list: u64,
+    link: u64,
+    target: u64,
 }
 
 /// Where base and length of text lie: core, then init.
@@ -70,6 +83,7 @@ impl ModuleFields {
             text: TextFields::of(types)?,
             tables: KallsymsFields::of(types).ok(),
             orc: OrcFields::of(types).ok(),
+            uses: UseFields::of(types).ok(),
         })
     }
 }
@@ -104,6 +118,16 @@ impl TextFields {
         Ok(Self {
             core: place("MOD_TEXT", 0),
             init: place("MOD_INIT_TEXT", 4),
+        })
+    }
+}
+
+impl UseFields {
+    fn of(types: &Types) -> Result<Self, TypeError> {
+        Ok(Self {
+            list: types.offset_of("module", "target_list")?,
+            link: types.offset_of("module_use", "target_list")?,
+            target: types.offset_of("module_use", "target")?,
         })
     }
 }
@@ -194,6 +218,11 @@ fn module(memory: &KernelMemory<'_>, fields: &ModuleFields, at: Gva) -> Result<M
         state: place.state,
         text: place.text,
         init_text: place.init_text,
+        uses: match (&fields.uses, place.state) {
+            (None, _) => None,
+            (_, ModuleState::Unformed) => Some(Vec::new()),
+            (Some(fields), _) => Some(uses(memory, fields, at)?),
+        },
         symbols: if place.state == ModuleState::Unformed {
             Symbols::default()
         } else {
@@ -258,6 +287,19 @@ fn orc(
         entries,
         count,
     }))
+}
+
+/// The modules that one uses. A list that does not end is cut off: what is missing of it counts as not used.
+fn uses(memory: &KernelMemory<'_>, fields: &UseFields, at: Gva) -> Result<Vec<Gva>, ReadError> {
+    let head = at.wrapping_add(fields.list);
+    let mut found = Vec::new();
+    let mut link = memory.read_pointer(head)?;
+    while link != head && found.len() < MOST_USES {
+        let target = link.wrapping_sub(fields.link).wrapping_add(fields.target);
+        found.push(memory.read_pointer(target)?);
+        link = memory.read_pointer(link)?;
+    }
+    Ok(found)
 }
 
 /// The module's own symbols, in table order. Undefined ones and those without a name are left out, as

@@ -45,7 +45,9 @@ pub struct CodeError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Obstacle {
     /// The guest does not have the symbol.
-    #[error("the guest has no symbol `{0}`")]
+    #[error(
+        "the guest has no symbol `{0}`, neither in the object that needs it nor in what that is linked to"
+    )]
     Absent(String),
     /// It has several, and no old code told which.
     #[error("the guest has {count} symbols named `{name}`, and no old code tells which is meant")]

@@ -19,7 +19,8 @@ pub trait Live {
     /// All addresses of a name that an object itself defines, in the order that livepatch's `sympos` counts.
     fn defined_in(&self, object: &str, name: &str) -> Vec<Gva>;
 
-    /// All addresses of what code of an object means by a name: those of the object itself, else those of what it may link to.
+    /// All addresses of what code of an object means by a name: those of the object itself, else those of what it may link to:
+    /// the kernel, and modules that stay loaded as long as it does.
     fn named_in(&self, object: &str, name: &str) -> Vec<Gva>;
 
     /// Fills `into` from `at` on.
@@ -117,6 +118,25 @@ impl<'a> Guest<'a> {
         self.modules.iter().find(|module| module.name == name)
     }
 
+    /// The modules that one uses, and those that they use in turn. Nothing keeps others from being unloaded before it.
+    fn used_by(&self, name: &str) -> Vec<&'a Module> {
+        let mut used: Vec<_> = self.module(name).into_iter().collect();
+        let mut next = 0;
+        while let Some(user) = used.get(next) {
+            let is_used = |module: &&Module| match &user.uses {
+                Some(uses) => uses.contains(&module.at),
+                None => true,
+            };
+            let new: Vec<_> = (self.modules.iter())
+                .filter(is_used)
+                .filter(|module| !used.iter().any(|other| other.at == module.at))
+                .collect();
+            used.extend(new);
+            next += 1;
+        }
+        used
+    }
+
     /// The kernel.
     #[must_use]
     pub const fn kernel(&self) -> &'a Kernel {
@@ -171,8 +191,8 @@ impl Live for Guest<'_> {
         if !kernels.is_empty() {
             return kernels;
         }
-        let modules = self.modules.iter();
-        modules.flat_map(|module| defined(module, name)).collect()
+        let used = self.used_by(object).into_iter();
+        used.flat_map(|module| defined(module, name)).collect()
     }
 
     fn defined_in(&self, object: &str, name: &str) -> Vec<Gva> {
