@@ -177,6 +177,8 @@ The source is that of the running kernel and is not changed. It is made ready on
 minute or so, in $VMPATCH_CACHE (by default ~/.cache/vmpatch); from then on a file takes seconds.
 Needs what a kernel needs to be built, the compiler that the configuration names, and `patch`.
 
+The diff may include <vmpatch/shadow.h>, which keeps data beside objects that live already.
+
 Of one of Debian's kernels, whose source and configuration apt fetches into the same place:
   vmpatch build --debian 6.12.107+deb12-cloud-amd64 --diff fix.patch -o fix.vmpatch
 

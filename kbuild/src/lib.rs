@@ -21,6 +21,7 @@ pub mod debian;
 pub mod diff;
 mod error;
 pub mod fix;
+pub mod headers;
 mod includes;
 mod lines;
 mod orc;

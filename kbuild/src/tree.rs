@@ -12,6 +12,7 @@ use crate::compiler::Compiler;
 use crate::config;
 use crate::configured::{self, Configured, Elsewhere};
 use crate::error::{At, BuildError};
+use crate::headers;
 use crate::includes::Includes;
 use crate::publish;
 use crate::shadow::Shadow;
@@ -30,6 +31,8 @@ pub struct Tree {
     pub(crate) shadow: Shadow,
     pub(crate) out: PathBuf,
     compiler: Compiler,
+    /// Where the compiler finds the headers that vmpatch brings.
+    headers: PathBuf,
     /// Names of sources that others include, a line each: found when the tree was made, for reading a whole source takes long.
     included: PathBuf,
     /// What the makefiles of other folders build.
@@ -77,11 +80,13 @@ impl Tree {
             shadow: Shadow::before(&source, &root.join("source"))?,
             source,
             out: root.join("out"),
+            headers: root.join("include"),
             included: root.join("included"),
             elsewhere: Elsewhere::default(),
             compiler,
             _lock: lock,
         };
+        headers::write(&tree.headers)?;
         let ready = root.join("ready");
         // Whoever ran the kernel's make there by hand may have changed what was settled.
         if !ready.exists() || tree.agrees(config).is_err() {
@@ -150,7 +155,8 @@ impl Tree {
         }
         let targets = files.iter().map(|file| self.elsewhere.target(file));
         let targets: Vec<_> = targets.map(|it| it.display().to_string()).collect();
-        let targets: Vec<&str> = [FLAGS]
+        let flags = format!("{FLAGS} -I{}", self.headers.display());
+        let targets: Vec<&str> = [flags.as_str()]
             .into_iter()
             .chain(targets.iter().map(AsRef::as_ref))
             .collect();

@@ -5,7 +5,7 @@
 mod objects;
 
 use objects::{named, new_body, nothing, only, own, patch, refusal, refused, replaced};
-use vmpatch_patcher::patch::SectionKind;
+use vmpatch_patcher::patch::{SectionKind, Symbol};
 
 #[test]
 fn state_of_the_guest_is_never_duplicated() {
@@ -237,4 +237,27 @@ fn anonymous_constants_are_compared_and_copied() {
     let (patch, _) = patch(old, &old.replace("0123456789", "0123456780"));
     assert_eq!(replaced(&patch), ["show"]);
     assert!(patch.sections.iter().any(|it| it.bytes == b"0123456780\0"));
+}
+
+/// Declared as `include/vmpatch/shadow.h` declares it.
+#[test]
+fn the_root_of_shadow_data_is_nobodys_and_named_once() {
+    let declared = "extern struct { unsigned long heads[512]; } vmpatch_shadow_root;";
+    let old = "int show(int n) { return n; } int hide(int n) { return n; }";
+    let new = "int show(int n) { return n + vmpatch_shadow_root.heads[n & 511]; }
+        int hide(int n) { return n + !vmpatch_shadow_root.heads; }";
+    let new = format!("{declared} {}", new.replace("!vmp", "(int)(long)&vmp"));
+    let (patch, report) = patch(old, &new);
+    let root = Symbol::ShadowRoot;
+    assert_eq!(patch.symbols.iter().filter(|it| **it == root).count(), 1);
+    for section in &patch.sections {
+        let names = named(&patch, &section.relocations);
+        assert!(names.contains(&"shadow root".to_owned()), "{names:?}");
+    }
+    assert_eq!((report.replaced.len(), report.new), (2, vec![]));
+
+    let defined = refused(old, &new.replace("extern ", "")).refused;
+    assert_eq!(defined.len(), 2);
+    let reason = &defined[0].reason;
+    assert!(reason.contains("declared, never defined"), "{reason}");
 }

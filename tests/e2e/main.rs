@@ -14,5 +14,6 @@ mod layers;
 mod lifecycle;
 mod oracle;
 mod refusals;
+mod shadow;
 mod soak;
 mod support;

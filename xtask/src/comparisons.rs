@@ -12,7 +12,7 @@ use crate::manifest::Manifest;
 use crate::{dumps, images, objects, paths};
 
 /// Patches that are linked for and applied to dumps: each another kind of change.
-const SAMPLES: [&str; 12] = [
+const SAMPLES: [&str; 13] = [
     "cmdline-suffix",
     "dev-valid-name",
     "dummy-length",
@@ -22,6 +22,7 @@ const SAMPLES: [&str; 12] = [
     "loadavg-warn",
     "meminfo-const",
     "proc-version",
+    "shadow-count",
     "uptime-cond",
     "uptime-fault",
     "version-banner",

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use vmpatch_kbuild::tree::FLAGS;
-use vmpatch_kbuild::{Diff, Tree};
+use vmpatch_kbuild::{Diff, Tree, headers};
 
 use crate::images::{self, Recipe};
 use crate::manifest::Manifest;
@@ -37,7 +37,8 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
     let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let diff = Diff::parse(&text).with_context(|| path.display().to_string())?;
     let recipe = images::recipe(manifest, guest)?;
-    let dir = cached(guest, patch, &recipe, &text, |tree, into| {
+    let input = with_headers(&text);
+    let dir = cached(guest, patch, &recipe, &input, |tree, into| {
         let mut pairs = tree.compile_both(&diff, 0, &|_| {})?.pairs;
         let (Some(pair), true) = (pairs.pop(), pairs.is_empty()) else {
             bail!("{patch} changes more than one file");
@@ -52,6 +53,15 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
         Ok(fs::write(into.join("new.o"), pair.new)?)
     })?;
     Ok(Pair { dir })
+}
+
+/// A diff, and the headers that vmpatch brings if it includes one.
+fn with_headers(diff: &[u8]) -> Vec<u8> {
+    let mut input = diff.to_vec();
+    if String::from_utf8_lossy(diff).contains(headers::INCLUDED) {
+        input.extend(headers::HEADERS.iter().flat_map(|(_, text)| text.bytes()));
+    }
+    input
 }
 
 /// Compiles these files as they are for this guest; the folder of each has the name of what it is linked into.

@@ -14,11 +14,14 @@ use crate::manifest::Manifest;
 use crate::{images, objects, paths, progress, run};
 
 /// Patches that demo, soak and tests use.
-pub(crate) const PATCHES: [&str; 4] = [
+pub(crate) const PATCHES: [&str; 7] = [
     "proc-version",
     "msleep-interruptible",
     "loadavg-warn",
     "uptime-fault",
+    "shadow-count",
+    "shadow-show",
+    "shadow-free",
 ];
 
 /// A prepared run.

@@ -19,7 +19,7 @@ use super::window::{MANIFEST_PAGES, manifest_copy};
 
 const MAGIC: [u8; 8] = *b"VMPARENA";
 /// The format this program writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 const HEADER: usize = 32;
 const CRC_AT: usize = 24;
 /// Most bytes of one copy.

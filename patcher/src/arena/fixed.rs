@@ -6,11 +6,13 @@
 //!   page 0   stubs, one slot for each kind of table      r-x
 //!   page 1   directory of bug tables                     r--
 //!   page 2   directory of exception tables               r--
+//!   page 3   root of all shadow data                     rw-
 //! ```
 //!
 //! A directory has a word for each page of the window: the address of the table of the patch whose text lies on
 //! that page, or 0. A table is a row of entries in the kernel's own format and ends with an entry of zeroes. What
-//! is entered stays: code of a patch that was rolled back may still run.
+//! is entered stays: code of a patch that was rolled back may still run. The root of the shadow data is for new code alone
+//! (`include/vmpatch/shadow.h` says what it holds): zeroes when the window is mapped, not written since from here.
 
 use serde::{Deserialize, Serialize};
 
@@ -23,13 +25,17 @@ use super::window::{WINDOW_PAGES, page_address, page_frame};
 use crate::patch::SectionKind;
 
 /// How many pages are fixed.
-pub const FIXED_PAGES: u32 = 3;
+pub const FIXED_PAGES: u32 = 4;
 /// Most bytes of a stub.
 pub const STUB: usize = 256;
 /// Bytes of an entry of either table, and of the zeroes at its end.
 pub const ENTRY: usize = 12;
 /// The page of all stubs.
 const STUBS: u32 = 0;
+/// The page of the root of the shadow data.
+const ROOT: u32 = 3;
+/// Where that lies.
+pub const SHADOW_ROOT: Gva = page_address(ROOT);
 
 /// A table that the kernel looks up when a CPU traps, and that patches extend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -84,7 +90,7 @@ pub struct Fixtures {
 
 /// The fixed pages as extents, so that they are mapped like all others.
 #[must_use]
-pub const fn extents() -> [Extent; 2] {
+pub const fn extents() -> [Extent; 3] {
     let text = Extent {
         page: STUBS,
         pages: 1,
@@ -92,10 +98,15 @@ pub const fn extents() -> [Extent; 2] {
     };
     let directories = Extent {
         page: 1,
-        pages: FIXED_PAGES - 1,
+        pages: Table::ALL.len() as u32,
         kind: SectionKind::ReadOnly,
     };
-    [text, directories]
+    let root = Extent {
+        page: ROOT,
+        pages: 1,
+        kind: SectionKind::Data,
+    };
+    [text, directories, root]
 }
 
 /// Where the slot holds a stub.
@@ -131,6 +142,10 @@ pub fn writes(
         at: page_frame(slot, table.directory_page()),
         bytes: directory_page(table, extents, fixtures),
     }));
+    pages.push(ArenaWrite {
+        at: page_frame(slot, ROOT),
+        bytes: vec![0; PAGE_SIZE as usize],
+    });
     pages
 }
 
@@ -220,6 +235,17 @@ mod tests {
             let wanted = if is_text { PLACE.0 } else { 0 };
             assert_eq!(u64::from_le_bytes(*word), wanted, "page {page}");
         }
+    }
+
+    #[test]
+    fn the_root_of_shadow_data_is_zeroed_for_a_new_boot_and_writable() {
+        let written = writes(SLOT, false, &text(5, 2), &fixtures());
+        let root = written.last().unwrap();
+        assert_eq!(root.bytes, [0; 4096]);
+        let extent = extents()[2];
+        assert_eq!(root.at, page_frame(SLOT, extent.page));
+        assert_eq!(page_address(extent.page), SHADOW_ROOT);
+        assert_eq!((extent.kind, extent.pages), (SectionKind::Data, 1));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!   ┌  0..16   manifest, copy A               not mapped
 //!   │ 16..32   manifest, copy B               not mapped
 //!   │ 32       page table of the window       not mapped
-//!   └ 64..576  three fixed pages, then the    pages 0..512: text r-x, constants r--, data rw-
+//!   └ 64..576  four fixed pages, then the     pages 0..512: text r-x, constants r--, data rw-
 //!              extents, in order of arrival
 //! ```
 //!

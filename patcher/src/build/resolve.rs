@@ -11,6 +11,7 @@ use super::report::Refused;
 use super::site::{self, Resolver};
 use super::unit::Unit;
 use crate::object::SectionId;
+use crate::patch::SHADOW_ROOT;
 
 /// What `static_cpu_has` does before alternatives are applied (Linux v6.12
 /// arch/x86/include/asm/cpufeature.h).
@@ -139,6 +140,12 @@ impl NewResolver<'_, '_> {
             ));
         }
         let name = &new.variable(variable).name;
+        if name == SHADOW_ROOT {
+            let reason =
+                format!("{name} is vmpatch's, for all patches: it is declared, never defined");
+            self.refuse(&section, &reason);
+            return None;
+        }
         if self.unit.pairs.is_uncertain(variable) {
             let reason = format!("{name} may be one of several static variables of the old object");
             self.refuse(&section, &reason);

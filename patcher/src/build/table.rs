@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::patch::Symbol;
+use crate::patch::{SHADOW_ROOT, Symbol};
 
 /// Symbols in the order they were first asked for.
 #[derive(Debug, Default)]
@@ -12,6 +12,7 @@ pub(super) struct SymbolTable {
     guest: HashMap<(u32, String), u32>,
     unit: u32,
     own: HashMap<u32, u32>,
+    shadow_root: Option<u32>,
 }
 
 impl SymbolTable {
@@ -23,6 +24,9 @@ impl SymbolTable {
     /// A symbol of the guest. One name in a file is one symbol for old and new code, so that what run-pre matching
     /// reads off the old code serves the new.
     pub(super) fn guest(&mut self, name: &str) -> u32 {
+        if name == SHADOW_ROOT {
+            return self.shadow_root();
+        }
         let key = (self.unit, name.to_owned());
         if let Some(index) = self.guest.get(&key) {
             return *index;
@@ -33,6 +37,16 @@ impl SymbolTable {
             sympos: None,
         });
         self.guest.insert(key, index);
+        index
+    }
+
+    /// Not of the guest's, but known to linking by name as its symbols are.
+    fn shadow_root(&mut self) -> u32 {
+        if let Some(index) = self.shadow_root {
+            return index;
+        }
+        let index = self.push(Symbol::ShadowRoot);
+        self.shadow_root = Some(index);
         index
     }
 

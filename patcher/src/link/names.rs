@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use vmpatch_introspect::Gva;
 
 use super::live::Live;
-use crate::patch::{Symbol, Unit, VMLINUX};
+use crate::arena::fixed;
+use crate::patch::{SHADOW_ROOT, Symbol, Unit, VMLINUX};
 
 /// Values that running code gave to symbols, by index in the patch.
 pub type Learned = BTreeMap<u32, Gva>;
@@ -99,6 +100,7 @@ impl<'a> Names<'a> {
         match self.symbol(index) {
             Some(Symbol::Guest { name, .. } | Symbol::Own { name, .. }) => name,
             Some(Symbol::OldBytes { section, .. }) => section,
+            Some(Symbol::ShadowRoot) => SHADOW_ROOT,
             None => "?",
         }
     }
@@ -211,8 +213,11 @@ fn object(unit: u32, units: &[Unit]) -> &str {
 }
 
 fn known(symbol: &Symbol, units: &[Unit], live: &dyn Live) -> Known {
-    let Symbol::Guest { unit, name, sympos } = symbol else {
-        return Known::Foreign;
+    let (unit, name, sympos) = match symbol {
+        Symbol::Guest { unit, name, sympos } => (unit, name, sympos),
+        // The same place in every guest.
+        Symbol::ShadowRoot => return Known::At(fixed::SHADOW_ROOT),
+        Symbol::Own { .. } | Symbol::OldBytes { .. } => return Known::Foreign,
     };
     let mut all = live.named_in(object(*unit, units), name);
     match (sympos, all.as_slice()) {
@@ -337,5 +342,16 @@ mod tests {
         let names = Names::look_up(&place, &[], &live);
         names.agree(&mut Learned::new(), 0, Gva(0x5000)).unwrap();
         assert!(names.agree(&mut Learned::new(), 0, Gva(0x6000)).is_err());
+    }
+
+    #[test]
+    fn the_root_of_shadow_data_lies_where_it_lies_in_every_guest() {
+        let live = fake();
+        let names = Names::look_up(&[Symbol::ShadowRoot], &[], &live);
+        let mut learned = Learned::new();
+        assert_eq!(names.value(&learned, 0), Some(fixed::SHADOW_ROOT));
+        // Old code may name it too: that of a patch that is replaced.
+        names.agree(&mut learned, 0, fixed::SHADOW_ROOT).unwrap();
+        assert!(names.agree(&mut learned, 0, Gva(0x1000)).is_err());
     }
 }

@@ -258,6 +258,7 @@ fn symbol(patch: &Patch, index: usize, symbol: &Symbol) -> Result<(), Malformed>
             sympos_counts_from_one(name, *sympos)
         }
         Symbol::OldBytes { section, .. } => printable("section", section),
+        Symbol::ShadowRoot => Ok(()),
     }
 }
 

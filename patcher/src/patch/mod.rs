@@ -326,4 +326,9 @@ pub enum Symbol {
         /// the addend that leads from the field to it. Empty where nothing can be compared (pointers).
         bytes: Vec<u8>,
     },
+    /// [`SHADOW_ROOT`], which lies in the arena for all patches of one boot.
+    ShadowRoot,
 }
+
+/// The name by which new code that includes `vmpatch/shadow.h` refers to the root of all shadow data.
+pub const SHADOW_ROOT: &str = "vmpatch_shadow_root";

@@ -183,6 +183,7 @@ pub(crate) fn symbol(patch: &Patch, index: u32) -> String {
                 String::from_utf8_lossy(bytes).trim_end_matches('\0')
             )
         }
+        Symbol::ShadowRoot => "shadow root".to_owned(),
     }
 }
 

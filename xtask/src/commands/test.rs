@@ -17,7 +17,10 @@ use crate::{comparisons, images, paths, progress, run};
 /// Guests and which end-to-end tests each goes through: all of them, or those whose names hold one of these.
 const SUITES: [(&str, &[&str]); 3] = [
     ("debian-6.12", &[]),
-    ("debian-6.1", &["apply::", "oracle::", "busy::", "hooks::"]),
+    (
+        "debian-6.1",
+        &["apply::", "oracle::", "busy::", "hooks::", "shadow::"],
+    ),
     ("lean-fp", &["apply::", "oracle::", "busy::"]),
 ];
 /// The end-to-end tests take minutes in emulation; beyond this something hangs.
