@@ -164,31 +164,42 @@ fn per_cpu_variables_of_the_guest_are_named() {
 }
 
 #[test]
-fn new_once_variables_are_refused_and_known_ones_named() {
-    let once = "({ static section(\".data..once\") _Bool done; if (!done) { done = 1; \
-        printk(\"once\"); } })";
-    let old = format!("int show(int n) {{ {once}; return n; }}");
-    let (patch, _) = patch(&old, &old.replace("return n", "return n * 3"));
-    let names = named(&patch, &new_body(&patch).relocations);
+fn once_variables_of_new_warnings_come_along_and_known_ones_are_the_guests() {
+    let once = |text: &str| {
+        format!(
+            "({{ static section(\".data..once\") _Bool __already_done; if (!__already_done) {{ \
+             __already_done = 1; printk(\"{text}\"); }} }})"
+        )
+    };
+    let (first, second) = (once("first"), once("second"));
+    let body = |what: &str| format!("int show(int n) {{ {what}; return n; }}");
+    let old = body(&first);
+    let (same, _) = patch(&old, &old.replace("return n", "return n * 3"));
+    let of_show = |patch| named(patch, &new_body(patch).relocations);
+    let names = of_show(&same);
     assert!(
-        names.iter().any(|it| it.starts_with("guest done")),
+        names
+            .iter()
+            .any(|it| it.starts_with("guest __already_done")),
         "{names:?}"
     );
-    let (section, name, _) = refusal("int show(int n) { return n; }", &old);
-    assert_eq!((section.as_str(), name.as_str()), (".data..once", "show"));
+    let (new, _) = patch("int show(int n) { return n; }", &old);
+    let it = own(&new, "__already_done.0");
+    assert_eq!((it.kind, &it.bytes[..]), (SectionKind::Data, &[0][..]));
+    // Which of two the old one is cannot be told, and a warning may well be told once more.
+    let (more, _) = patch(&old, &body(&format!("{second}; {first}")));
+    let names = of_show(&more);
+    let own = names
+        .iter()
+        .filter(|it| it.starts_with("own __already_done"));
+    assert!(own.count() > 0, "{names:?}");
+    let state = |body: &str| body.replace("__already_done", "level");
+    let report = refused(&state(&old), &state(&body(&format!("{second}; {first}"))));
+    assert!(report.refused[0].reason.contains("one of several"));
 }
 
 #[test]
-fn exports_and_parameters_that_come_or_change_are_refused() {
-    let export = |what: &str| {
-        format!(
-            "int show(int n) {{ return n; }} int tell(int n) {{ return n + 3; }}
-             asm(\".section .export_symbol,\\\"a\\\"\\n .asciz \\\"GPL\\\"\\n .balign 8\\n \
-             .quad {what}\\n .previous\");"
-        )
-    };
-    let (section, _, _) = refusal(&export("show"), &export("tell"));
-    assert_eq!(section, ".export_symbol");
+fn parameters_that_come_are_refused() {
     let old = "int level; int show(int n) { return n + level; }";
     let new = format!("{old} section(\"__param\") void *param_level = &level;");
     let (section, name, _) = refusal(old, &new);
@@ -198,19 +209,70 @@ fn exports_and_parameters_that_come_or_change_are_refused() {
     );
 }
 
+/// A `pr_debug` (`struct _ddebug`, Linux v6.12 include/linux/dynamic_debug.h).
+fn debug(line: u32, text: &str) -> String {
+    format!(
+        "({{ static section(\"__dyndbg\") struct d __UNIQUE_ID_ddebug{line} = \
+         {{ \"mod\", __func__, \"a.c\", \"{text}\", {line} }}; \
+         if (__UNIQUE_ID_ddebug{line}.on) printk(\"{text}\", &__UNIQUE_ID_ddebug{line}); }})"
+    )
+}
+
+/// A source whose function `show` does so.
+fn debugging(what: &[String]) -> String {
+    let what = what.join("; ");
+    format!(
+        "struct d {{ const char *module, *function, *file, *text; unsigned line; int on; }};
+         int show(int n) {{ {what}; return n; }} int keep(int n) {{ {}; return n; }}",
+        debug(90, "kept")
+    )
+}
+
 #[test]
-fn new_pr_debug_descriptors_are_refused_and_moved_lines_ignored() {
-    let descriptor = |line: u32| {
-        format!(
-            "struct d {{ const char *text; unsigned line; }};
-             int show(int n) {{ static section(\"__dyndbg\") struct d __UNIQUE_ID_ddebug7 = \
-             {{ \"text\", {line} }}; return printk(\"x\", &__UNIQUE_ID_ddebug7) + n; }}"
+fn new_pr_debug_descriptors_come_along_and_moved_lines_are_ignored() {
+    let report = nothing(
+        &debugging(&[debug(5, "text")]),
+        &debugging(&[debug(6, "text")]),
+    );
+    assert_eq!(report.ignored.len(), 1);
+    let (patch, _) = patch(&debugging(&[]), &debugging(&[debug(5, "text")]));
+    assert_eq!(replaced(&patch), ["show"]);
+    let it = patch.sections.iter().find(|it| it.name == "__dyndbg");
+    let it = it.unwrap();
+    assert_eq!((it.kind, it.bytes.len()), (SectionKind::Data, 40));
+    assert_eq!(it.relocations.len(), 4);
+}
+
+#[test]
+fn pr_debug_descriptors_are_known_by_what_they_say_among_others() {
+    let old = debugging(&[debug(5, "one"), debug(6, "two"), debug(7, "two")]);
+    let new = debugging(&[
+        debug(15, "two"),
+        debug(16, "new"),
+        debug(17, "two"),
+        debug(18, "newer"),
+        debug(19, "one"),
+    ]);
+    let (patch, _) = patch(&old, &new);
+    assert_eq!(replaced(&patch), ["show"]);
+    let names = named(&patch, &new_body(&patch).relocations);
+    let base = |it: &String| {
+        Some(
+            it.split_once("__UNIQUE_ID_ddebug")?
+                .1
+                .split_once('.')?
+                .0
+                .to_owned(),
         )
     };
-    let report = nothing(&descriptor(5), &descriptor(6));
-    assert_eq!(report.ignored.len(), 1);
-    let (section, name, _) = refusal("int show(int n) { return n; }", &descriptor(5));
-    assert_eq!((section.as_str(), name.as_str()), ("__dyndbg", "show"));
+    let mut order: Vec<_> = names.iter().filter_map(base).collect();
+    order.dedup();
+    order.sort();
+    order.dedup();
+    assert_eq!(order, ["16", "18", "5", "6", "7"], "{names:?}");
+    let own = names.iter().filter(|it| it.starts_with("own __UNIQUE"));
+    assert!(own.clone().all(|it| it.contains("16") || it.contains("18")));
+    assert!(own.count() > 0);
 }
 
 #[test]

@@ -124,3 +124,62 @@ fn a_new_function_of_one_module_is_not_that_of_another_which_has_its_name() {
     };
     assert_ne!(brought(1), brought(3));
 }
+
+/// As `EXPORT_SYMBOL_GPL` of either kernel has it (Linux v6.12 and v6.1 include/linux/export.h).
+fn export(name: &str, licence: &str, since_6_5: bool) -> String {
+    let lines = match since_6_5 {
+        true => format!(
+            ".section .export_symbol,\"a\"\n .asciz \"{licence}\"\n .asciz \"\"\n .balign 8\n .quad {name}"
+        ),
+        false => format!(
+            ".section __ksymtab_strings,\"aMS\",%progbits,1\n __kstrtab_{name}: .asciz \"{name}\"\n \
+             __kstrtabns_{name}: .asciz \"\"\n .section ___ksymtab_{licence}+{name},\"a\"\n .balign 4\n \
+             .long {name} - .\n .long __kstrtab_{name} - .\n .long __kstrtabns_{name} - ."
+        ),
+    };
+    format!("asm({:?});", format!("{lines}\n .previous"))
+}
+
+#[test]
+fn what_one_module_newly_exports_is_called_by_another() {
+    for since_6_5 in [true, false] {
+        let known = export("one", "GPL", since_6_5);
+        let fresh = export("both", "GPL", since_6_5);
+        let uses = "extern int one(int n); int last(int n) { return one(n); }";
+        let old_one = compile(&format!("{ONE} {known}"));
+        let [old_two, stranger] = [uses, ""].map(|more| compile(&format!("{TWO} {more}")));
+        let both = "int both(int n) { return n * 3; }";
+        // The order of the table says nothing.
+        let new_one = compile(&format!("{ONE} {both} {fresh} {known}"));
+        let calls = "extern int both(int n); int two(int n) { return printk(\"two\", both(n)); }";
+        let [new_two, new_stranger] = [uses, ""].map(|more| compile(&format!("{calls} {more}")));
+        let built_for = |new_one: &[u8], old_two: &[u8], new_two: &[u8]| {
+            let one = pair("a.c", &old_one, new_one);
+            let two = pair("b.c", old_two, new_two);
+            let of = |object, pair| ObjectPair { object, ..pair };
+            build_pairs(&[of("vhost", one), of("vhost_net", two)])
+        };
+        let built = |new_one: &[u8]| built_for(new_one, &old_two, &new_two);
+        let (patch, report) = built(&new_one).unwrap();
+        assert_eq!(replaced(&patch), ["two"]);
+        assert!(new_body(&patch, "two").contains(&"own both".to_owned()));
+        let ignored = &report.files[0].ignored;
+        assert_eq!(ignored[0].what, "new export of both");
+        // A module that has not used the other before may outlive it.
+        let refused = built_for(&new_one, &stranger, &new_stranger).unwrap_err();
+        let reason = refused.to_string();
+        assert!(reason.contains("newly used of module vhost"), "{reason}");
+        // Not what it keeps to itself.
+        let kept = compile(&format!("{ONE} {both} {known}"));
+        let (patch, _) = built(&kept).unwrap();
+        assert!(new_body(&patch, "two").contains(&"guest both".to_owned()));
+        for (changed, reason) in [
+            (export("one", "", since_6_5), "on other terms"),
+            (String::new(), "no longer exported"),
+        ] {
+            let changed = compile(&format!("{ONE} {both} {changed}"));
+            let error = built(&changed).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+}

@@ -13,7 +13,7 @@ use super::side::Side;
 use super::site;
 use super::table::SymbolTable;
 use super::unit::Unit;
-use crate::object::SectionId;
+use crate::object::{Home, SectionId};
 use crate::patch::{Section, SectionKind, VMLINUX};
 
 /// Most bytes of one new variable: the arena has 4 MiB in all.
@@ -43,8 +43,10 @@ pub(super) struct Collector<'a> {
     pub(super) sections: Vec<Section>,
     /// One for each unit.
     pub(super) reports: Vec<FileReport>,
-    /// What one file newly defines for all.
+    /// What one file newly defines for all of its object.
     exports: HashMap<(&'a str, &'a str), (usize, Thing)>,
+    /// What one file newly exports to all objects.
+    offered: HashMap<&'a str, (usize, Thing)>,
     placed: BTreeMap<(usize, Thing), u32>,
     queue: VecDeque<(usize, Thing)>,
 }
@@ -53,12 +55,18 @@ impl<'a> Collector<'a> {
     /// An empty one.
     pub(super) fn new(units: &'a [Unit], reports: Vec<FileReport>) -> Self {
         let all = units.iter().enumerate();
+        let exports: HashMap<_, _> = all.flat_map(|(at, unit)| exports(at, unit)).collect();
+        let is_offered = |at: usize, name: &str| units[at].exports.new.contains(name);
+        let offered = exports
+            .iter()
+            .filter(|((_, name), (at, _))| is_offered(*at, name));
         Self {
             units,
             symbols: SymbolTable::default(),
             sections: Vec::new(),
             reports,
-            exports: all.flat_map(|(at, unit)| exports(at, unit)).collect(),
+            offered: offered.map(|((_, name), it)| (*name, *it)).collect(),
+            exports,
             placed: BTreeMap::new(),
             queue: VecDeque::new(),
         }
@@ -76,10 +84,29 @@ impl<'a> Collector<'a> {
         section
     }
 
-    /// What a file of the patch newly defines for all of its object under a name, or for every object if it is the kernel's.
+    /// What a file of the patch newly defines for all of its object under a name, or for every object: if it is the kernel's, or
+    /// exported.
     pub(super) fn exported(&self, object: &str, name: &str) -> Option<(usize, Thing)> {
         let of = |object| self.exports.get(&(object, name)).copied();
-        of(object).or_else(|| of(VMLINUX))
+        let offered = || self.offered.get(name).copied();
+        of(object).or_else(|| of(VMLINUX)).or_else(offered)
+    }
+
+    /// Whether what a file of the patch brings is there as long as another object is: it is of the same one or of the kernel, or
+    /// of a module that the other one has used before, as one of its files shows.
+    pub(super) fn stays(&self, object: &str, unit: usize) -> bool {
+        let of = self.units[unit].object.as_str();
+        let known = || {
+            let of_it = self.units.iter().filter(|it| it.object == of);
+            of_it.flat_map(|it| &it.exports.known)
+        };
+        let uses = |unit: &Unit| {
+            let symbols = unit.old.object.symbols_with_ids();
+            let mut outside = symbols.filter(|(_, it)| it.home == Home::Undefined);
+            outside.any(|(_, it)| known().any(|name| *name == it.name))
+        };
+        let mut users = self.units.iter().filter(|it| it.object == object);
+        of == object || of == VMLINUX || users.any(uses)
     }
 
     /// Fills in everything that was asked for, and what that asks for.

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use super::exports;
 use super::key::{self, Content, Names, is_numbered_constant};
 use super::pair::Pairs;
 use super::policy;
@@ -151,7 +152,7 @@ fn record(report: &mut FileReport, name: &str, section: &str, reason: &str) {
 /// no one to refer to it. Plain variables that nothing refers to do nothing.
 fn acts_by_presence(section: &Section) -> bool {
     let name = &section.name;
-    !name.starts_with('.') && name != "__dyndbg" || name.starts_with(".initcall")
+    !name.starts_with('.') && name != policy::DYNAMIC_DEBUG || name.starts_with(".initcall")
 }
 
 fn is_unnamed(side: &Side, id: SectionId, section: &Section) -> bool {
@@ -163,6 +164,7 @@ fn is_unnamed(side: &Side, id: SectionId, section: &Section) -> bool {
         && section.size > 0
         && side.inventory.variables_in(id).is_empty()
         && !policy::is_no_data(&section.name)
+        && !exports::is_table(&section.name)
 }
 
 /// The content of all sections of a name, in order.

@@ -11,6 +11,7 @@
 mod collect;
 mod compare;
 mod data;
+mod exports;
 mod instructions;
 mod inventory;
 mod key;

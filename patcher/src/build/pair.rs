@@ -5,9 +5,11 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::inventory::{Function, clone_base, numbered_base};
-use super::key::{Names, is_numbered_constant};
+use super::key::{self, Key, Names, is_numbered_constant};
+use super::policy;
 use super::reference::Target;
 use super::side::Side;
+use crate::object::Section;
 
 /// The pairs found.
 #[derive(Debug, Default)]
@@ -93,6 +95,7 @@ pub(super) fn pair(old: &Side, new: &Side) -> Pairs {
     renumbered_clones(old, new, &mut pairs);
     by_name(old, new, &mut pairs);
     by_position_in_equal_code(old, new, &mut pairs);
+    by_what_they_describe(old, new, &mut pairs);
     by_order_of_use(old, new, &mut pairs);
     what_is_left_is_uncertain(old, new, &mut pairs);
     pairs
@@ -181,6 +184,50 @@ fn numbered(side: &Side, target: &Target) -> Option<usize> {
 fn alike(old: &Side, theirs: usize, new: &Side, ours: usize) -> bool {
     let (theirs, ours) = (old.variable(theirs), new.variable(ours));
     numbered_base(&theirs.name) == numbered_base(&ours.name) && theirs.size == ours.size
+}
+
+/// Descriptors of pr_debug: those of the same function, file, module and text, in the order of their lines.
+fn by_what_they_describe(old: &Side, new: &Side, pairs: &mut Pairs) {
+    let mut before = descriptors(old, |it| !pairs.taken.contains(&it));
+    for (place, ours) in descriptors(new, |it| pairs.old_of(it).is_none()) {
+        let theirs = before.remove(&place).unwrap_or_default();
+        for ((_, ours), (_, theirs)) in ours.into_iter().zip(theirs) {
+            pairs.add(ours, theirs);
+        }
+    }
+}
+
+/// What it points to, in the order of its fields, to descriptors by line.
+type Descriptors = HashMap<Vec<Key>, Vec<(u32, usize)>>;
+
+fn descriptors(side: &Side, wanted: impl Fn(usize) -> bool) -> Descriptors {
+    let mut found = Descriptors::new();
+    for (index, it) in side.inventory.variables.iter().enumerate() {
+        let section = side.object.section(it.section);
+        if section.name != policy::DYNAMIC_DEBUG || !wanted(index) {
+            continue;
+        }
+        let end = it.start.saturating_add(it.size);
+        let fields = side.data_references(it.section, it.start, end);
+        // Strings are the same on both sides, whatever their names.
+        let names = Names::default();
+        let place = fields
+            .iter()
+            .map(|field| key::key(side, &names, &field.target));
+        found
+            .entry(place.collect())
+            .or_default()
+            .push((line(section, it.start), index));
+    }
+    found.values_mut().for_each(|same| same.sort_unstable());
+    found
+}
+
+/// The line that a descriptor tells (`struct _ddebug`, Linux v6.12 include/linux/dynamic_debug.h: behind four pointers).
+fn line(section: &Section, start: u64) -> u32 {
+    let field = start.checked_add(32);
+    let field = field.and_then(|at| section.range(at, at.checked_add(4)?)?.try_into().ok());
+    field.map_or(0, u32::from_le_bytes) & 0x3_ffff
 }
 
 /// In functions of the same name: variables of the same base name and size, in the order of their first

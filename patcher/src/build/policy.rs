@@ -1,7 +1,11 @@
 //! What can be brought into a running guest and what cannot yet, by section and by table. The one place to
 //! change when a new kind can be treated.
 
+use super::inventory::numbered_base;
 use super::special::Special;
+
+/// The section of the descriptors of pr_debug.
+pub(super) const DYNAMIC_DEBUG: &str = "__dyndbg";
 
 /// Whether code of a section can be replaced or brought.
 pub(super) fn code(section: &str) -> Result<(), &'static str> {
@@ -20,7 +24,13 @@ pub(super) fn code(section: &str) -> Result<(), &'static str> {
 
 /// Whether a new variable or constant of a section can be brought.
 pub(super) fn new_data(section: &str) -> Result<(), &'static str> {
-    const SPECIAL_BUT_PLAIN: [&str; 3] = [
+    const SPECIAL_BUT_PLAIN: [&str; 7] = [
+        // Gathered for controls of the guest, which do not reach new ones: clear_warn_once, and that of pr_debug, whose messages
+        // are then told or not as they were compiled.
+        ".data..once",
+        DYNAMIC_DEBUG,
+        ".data..do_once",
+        ".data..unlikely",
         ".data..read_mostly",
         ".data..ro_after_init",
         ".data..cacheline_aligned",
@@ -31,8 +41,6 @@ pub(super) fn new_data(section: &str) -> Result<(), &'static str> {
         _ if section.starts_with(".data..percpu") => {
             Err("new per-CPU variables cannot be brought yet")
         }
-        ".data..once" => Err("new once-variables cannot be brought yet"),
-        "__dyndbg" => Err("new pr_debug descriptors cannot be brought yet"),
         _ if section.starts_with(".data..") || section.starts_with(".bss..") => {
             Err("variables of this section cannot be brought yet")
         }
@@ -47,6 +55,12 @@ pub(super) fn new_data(section: &str) -> Result<(), &'static str> {
     }
 }
 
+/// Whether a variable may be new although it may be one of the guest's: all that depends on it is whether a message is told
+/// (`pr_debug`; `WARN_ONCE` and its like, Linux v6.12 include/linux/once_lite.h).
+pub(super) fn is_about_messages(section: &str, name: &str) -> bool {
+    section == DYNAMIC_DEBUG || numbered_base(name) == Some("__already_done")
+}
+
 /// Sections that the guest freed when it had booted.
 pub(super) fn is_init(section: &str) -> bool {
     section.starts_with(".init") || section.starts_with(".exit")
@@ -55,7 +69,7 @@ pub(super) fn is_init(section: &str) -> bool {
 /// Why a difference in a section's content does not matter, if it does not.
 pub(super) fn ignored_data(section: &str) -> Option<&'static str> {
     match section {
-        "__dyndbg" => Some("the guest's pr_debug control keeps the old lines and texts"),
+        DYNAMIC_DEBUG => Some("the guest's pr_debug control keeps the old lines and texts"),
         ".printk_index" => Some("the guest's printk index keeps the old entries"),
         _ if section.starts_with(".init.data") || section.starts_with(".init.rodata") => {
             Some("init data is gone after boot")

@@ -87,6 +87,13 @@ impl NewResolver<'_, '_> {
             return None;
         }
         if let Some((unit, thing)) = self.collector.exported(&self.unit.object, &name) {
+            if !self.collector.stays(&self.unit.object, unit) {
+                let of = &self.collector.units[unit].object;
+                let reason =
+                    format!("it is newly used of module {of}, which may be unloaded before");
+                self.refuse(&name, &reason);
+                return None;
+            }
             return Some((self.own_of(unit, thing), distance));
         }
         Some((self.collector.symbols.guest(&name), distance))
@@ -146,7 +153,7 @@ impl NewResolver<'_, '_> {
             self.refuse(&section, &reason);
             return None;
         }
-        if self.unit.pairs.is_uncertain(variable) {
+        if self.unit.pairs.is_uncertain(variable) && !policy::is_about_messages(&section, name) {
             let reason = format!("{name} may be one of several static variables of the old object");
             self.refuse(&section, &reason);
             return None;

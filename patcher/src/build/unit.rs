@@ -2,6 +2,7 @@
 //! function. Owns the order in which that is found out.
 
 use super::compare::{self, Verdict};
+use super::exports::Exports;
 use super::key::Names;
 use super::pair::{self, Pairs};
 use super::report::{FileReport, Ignored, Refused};
@@ -26,6 +27,8 @@ pub(super) struct Unit {
     pub(super) names: Names,
     /// What became of each function of the new version.
     pub(super) verdicts: Vec<Verdict>,
+    /// What it offers to other objects.
+    pub(super) exports: Exports,
     /// How to unwind from the new one's code.
     pub(super) unwind: Tables,
 }
@@ -46,6 +49,7 @@ impl Unit {
         let mut report = FileReport::new(pair);
         layout::compare(pair, safe_types, &mut report);
         data::compare(&old, &new, &pairs, &mut report);
+        let exports = Exports::compare(&old, &new, &mut report);
         list_functions((&old, &new), &pairs, &verdicts, &mut report);
         let unit = Self {
             object: pair.object.to_owned(),
@@ -54,6 +58,7 @@ impl Unit {
             pairs,
             names,
             verdicts,
+            exports,
             unwind: Tables::default(),
         };
         let (unit, report) = match pair.wide {
@@ -123,6 +128,7 @@ impl Unit {
                 old: self.old,
                 new: wide,
                 pairs,
+                exports: self.exports,
             },
             report,
         ))
