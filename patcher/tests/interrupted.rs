@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use common::Bench;
 use vmpatch_patcher::apply::{Boundary, Observer};
+use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::status::{State, Verdict};
 
 struct Killed;
@@ -54,7 +55,9 @@ fn an_apply_killed_at_any_boundary_leaves_a_running_guest_and_a_true_story() {
     for at in OF_APPLY {
         let bench = Bench::new();
         let text = bench.text();
-        killed_at(at, |kill| drop(bench.apply_watched("a", kill)));
+        killed_at(at, |kill| {
+            drop(bench.apply_watched("a", Stacking::Upon, kill))
+        });
         assert!(bench.machine.is_running(), "{at:?}");
 
         let (verdict, holds) = story(at);
@@ -113,7 +116,9 @@ fn a_rollback_killed_at_any_boundary_leaves_a_running_guest_and_a_true_story() {
 fn the_next_change_settles_what_was_interrupted_without_a_status_in_between() {
     for at in OF_APPLY {
         let bench = Bench::new();
-        killed_at(at, |kill| drop(bench.apply_watched("a", kill)));
+        killed_at(at, |kill| {
+            drop(bench.apply_watched("a", Stacking::Upon, kill))
+        });
         if story(at).1 {
             bench.rollback("a").unwrap();
         } else {

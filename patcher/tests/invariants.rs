@@ -9,17 +9,18 @@ use std::time::Duration;
 
 use common::Bench;
 use vmpatch_introspect::target::{Edit, ResumeError, StopError, StopRequest, WriteError};
-use vmpatch_introspect::{Gpa, PhysicalMemory};
+use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 use vmpatch_patcher::apply::{
     Attempt, Boundary, Change, Failure, FailureKind, Observer, PlaceError, Schedule, Setback,
     Unobserved, rehearse,
 };
+use vmpatch_patcher::arena::ModuleClaim;
 use vmpatch_patcher::journal::{Ending, Folder, history};
 use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::quiescence::{Finding, NotQuiet};
 use vmpatch_patcher::status::{State, Verdict};
 use vmpatch_patcher::testing::guest::sleeping;
-use vmpatch_patcher::testing::sample::{self, FIRST, SECOND};
+use vmpatch_patcher::testing::sample::{self, COLD, FIRST, SECOND, TEXT};
 use vmpatch_patcher::testing::{Fault, ScriptedGuest, WriteSeen};
 
 /// Whether the one open intent on the disk holds old and new value of a write, or, for an undo, the same
@@ -341,7 +342,7 @@ fn all_work_that_can_be_done_while_the_guest_runs_is_done_while_it_runs() {
     }
     let bench = Bench::new();
     let watch = InStop(&bench, RefCell::default());
-    bench.apply_watched("a", &watch).unwrap();
+    bench.apply_watched("a", Stacking::Upon, &watch).unwrap();
     // begun, placed, stopped, checked, resumed, committed
     let writes = watch.1.into_inner();
     assert_eq!(writes, [0, 2, 2, 2, 5, 5]);
@@ -375,7 +376,7 @@ fn a_guest_that_was_busy_is_tried_again_in_a_stop_of_its_own() {
     bench.guest = ScriptedGuest::with_each(vec![parked(), parked(), Vec::new()]);
     bench.schedule = quick(Duration::from_secs(60));
     let setbacks = Setbacks::default();
-    let attempted = bench.apply_watched("a", &setbacks).unwrap();
+    let attempted = bench.apply_watched("a", Stacking::Upon, &setbacks).unwrap();
     assert_eq!(attempted.attempts, 3);
     assert_eq!(bench.machine.stops(), 3);
     let told = setbacks.0.into_inner();
@@ -557,4 +558,34 @@ fn replacing(bench: &Bench) -> Change {
     let layers = bench.ledger().layers(Stacking::Replace).unwrap();
     let verified = sample::verified_beside(&bench.machine, "new", &layers);
     Change::apply(&verified, &bench.machine).unwrap()
+}
+
+#[test]
+fn a_hook_that_a_module_has_left_behind_goes_with_the_next_patch() {
+    let bench = Bench::new();
+    let mut verified = sample::verified(&bench.machine, "a");
+    // Known by the journal alone, so that the record can be changed.
+    verified.arena_writes.clear();
+    let mut hook = verified.record.sites[0].clone();
+    hook.edits[0].at = Gpa(COLD.0 - TEXT.0);
+    bench
+        .machine
+        .read(hook.edits[0].at, &mut hook.edits[0].old)
+        .unwrap();
+    verified.switch.edits.extend(hook.edits.clone());
+    verified.record.hooks.push(hook.clone());
+    verified.record.modules.push(ModuleClaim {
+        name: "gone".into(),
+        at: Gva(0x9000),
+        text: GvaRange::sized(FIRST, 0x2000).unwrap(),
+        frames: Vec::new(),
+    });
+    let change = Change::apply(&verified, &bench.machine).unwrap();
+    bench.make(bench.ledger(), change, &Unobserved).unwrap();
+    assert_eq!(bench.state("a"), Some(State::NotApplied));
+    assert!(hook.is_in_place(&bench.machine).unwrap());
+    bench.apply("b").unwrap();
+    assert!(hook.is_in_place(&bench.machine).unwrap());
+    bench.rollback("b").unwrap();
+    assert!(!hook.is_in_place(&bench.machine).unwrap());
 }

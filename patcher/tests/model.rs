@@ -16,9 +16,9 @@ const NAMES: [&str; 3] = ["a", "b", "c"];
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    Apply(usize),
+    Apply(usize, Stacking),
     Rollback(usize),
-    ApplyAndDie(usize, Boundary),
+    ApplyAndDie(usize, Stacking, Boundary),
     RollbackAndDie(usize, Boundary),
     LoseJournal,
 }
@@ -30,10 +30,12 @@ fn step() -> impl Strategy<Value = Step> {
         .collect::<Vec<_>>();
     let boundary = prop::sample::select(of_stop);
     let name = 0..NAMES.len();
+    let stacking = prop::sample::select(vec![Stacking::Upon, Stacking::Upon, Stacking::Replace]);
     prop_oneof![
-        4 => name.clone().prop_map(Step::Apply),
+        4 => (name.clone(), stacking.clone()).prop_map(|(name, how)| Step::Apply(name, how)),
         4 => name.clone().prop_map(Step::Rollback),
-        2 => (name.clone(), boundary.clone()).prop_map(|(name, at)| Step::ApplyAndDie(name, at)),
+        2 => (name.clone(), stacking, boundary.clone())
+            .prop_map(|(name, how, at)| Step::ApplyAndDie(name, how, at)),
         2 => (name, boundary).prop_map(|(name, at)| Step::RollbackAndDie(name, at)),
         1 => Just(Step::LoseJournal),
     ]
@@ -57,19 +59,21 @@ struct Model {
 }
 
 impl Model {
-    fn apply(&mut self, name: &'static str, die_at: Option<Boundary>) {
+    fn apply(&mut self, name: &'static str, stacking: Stacking, die_at: Option<Boundary>) {
         if self.applied.contains(&name) {
-            let refused =
-                self.bench
-                    .ledger()
-                    .admit(name, &format!("{name}-digest"), Stacking::Upon);
+            let digest = format!("{name}-digest");
+            let refused = self.bench.ledger().admit(name, &digest, stacking);
             assert!(refused.is_err(), "{name} is applied already");
             return;
         }
-        let change = || self.bench.apply_watched(name, &KillAt(die_at)).unwrap();
+        let killer = KillAt(die_at);
+        let change = || self.bench.apply_watched(name, stacking, &killer).unwrap();
         let died = catch_unwind(AssertUnwindSafe(change)).is_err();
         assert_eq!(died, die_at.is_some());
         if die_at.is_none_or(|at| at >= Boundary::Resumed) {
+            if stacking == Stacking::Replace {
+                self.applied.clear();
+            }
             self.applied.push(name);
         }
     }
@@ -126,9 +130,9 @@ proptest! {
         let mut model = Model { bench, applied: Vec::new(), text };
         for step in steps {
             match step {
-                Step::Apply(name) => model.apply(NAMES[name], None),
+                Step::Apply(name, how) => model.apply(NAMES[name], how, None),
                 Step::Rollback(name) => model.rollback(NAMES[name], None),
-                Step::ApplyAndDie(name, at) => model.apply(NAMES[name], Some(at)),
+                Step::ApplyAndDie(name, how, at) => model.apply(NAMES[name], how, Some(at)),
                 Step::RollbackAndDie(name, at) => model.rollback(NAMES[name], Some(at)),
                 Step::LoseJournal => model.lose_journal(),
             }

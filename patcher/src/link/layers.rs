@@ -72,17 +72,11 @@ impl Layers {
                 owner: unclear.name.clone(),
             });
         }
-        let mut hooks: Vec<SiteRecord> = Vec::new();
-        for hook in known.patches().iter().flat_map(|patch| &patch.hooks) {
-            if !hooks.iter().any(|other| other.at == hook.at) {
-                hooks.push(hook.clone());
-            }
-        }
         Ok(Self {
             stacking,
             applied,
             damaged,
-            hooks,
+            hooks: known.hooks().into_iter().cloned().collect(),
         })
     }
 

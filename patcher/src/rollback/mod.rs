@@ -123,7 +123,7 @@ pub fn change(ledger: &Ledger, name: &str) -> Result<Change, RollbackError> {
             above,
         });
     }
-    let unneeded = ledger.known().unshared_hooks(patch);
+    let unneeded = ledger.known().hooks_without(patch);
     Ok(Change::rollback(
         &patch.record,
         &patch.unloaded,

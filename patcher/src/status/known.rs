@@ -136,20 +136,32 @@ impl Known {
             .or_else(|| named().next())
     }
 
-    /// The hooks of `patch` that are in place and that no other patch needs. One that is damaged may still run new code.
+    /// The hooks in place, each once.
     #[must_use]
-    pub fn unshared_hooks<'a>(&self, patch: &'a KnownPatch) -> Vec<&'a SiteRecord> {
-        let others = || {
-            let in_guest = |other: &&KnownPatch| {
-                other.state != State::NotApplied && other.record != patch.record
-            };
-            self.patches.iter().filter(in_guest)
-        };
+    pub fn hooks(&self) -> Vec<&SiteRecord> {
+        let mut found: Vec<&SiteRecord> = Vec::new();
+        for hook in self.patches.iter().flat_map(|patch| &patch.hooks) {
+            if !found.iter().any(|other| other.at == hook.at) {
+                found.push(hook);
+            }
+        }
+        found
+    }
+
+    /// The hooks in place that nobody needs once `patch` is gone: its own, and those of patches that went with their module. One
+    /// that is damaged may still run new code.
+    #[must_use]
+    pub fn hooks_without(&self, patch: &KnownPatch) -> Vec<&SiteRecord> {
+        let stays =
+            |other: &&KnownPatch| other.state != State::NotApplied && other.record != patch.record;
         let needed = |hook: &SiteRecord| {
-            let mut hooks = others().flat_map(|other| &other.record.hooks);
+            let staying = self.patches.iter().filter(stays);
+            let mut hooks = staying.flat_map(|other| &other.record.hooks);
             hooks.any(|other| other.at == hook.at)
         };
-        patch.hooks.iter().filter(|hook| !needed(hook)).collect()
+        let mut hooks = self.hooks();
+        hooks.retain(|hook| !needed(hook));
+        hooks
     }
 
     /// The applied patches that lie upon `patch`: they change the same place, or its new code.

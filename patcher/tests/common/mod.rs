@@ -35,19 +35,21 @@ impl Bench {
     }
 
     pub(crate) fn apply(&self, name: &str) -> Result<Attempted, Failure> {
-        self.apply_watched(name, &Unobserved)
+        self.apply_watched(name, Stacking::Upon, &Unobserved)
     }
 
     pub(crate) fn apply_watched(
         &self,
         name: &str,
+        stacking: Stacking,
         observer: &dyn Observer,
     ) -> Result<Attempted, Failure> {
         let ledger = self.ledger();
         ledger
-            .admit(name, &format!("{name}-digest"), Stacking::Upon)
+            .admit(name, &format!("{name}-digest"), stacking)
             .unwrap();
-        let verified = sample::verified(&self.machine, name);
+        let layers = ledger.layers(stacking).unwrap();
+        let verified = sample::verified_beside(&self.machine, name, &layers);
         let change = Change::apply(&verified, &self.machine)?;
         self.make(ledger, change, observer)
     }
