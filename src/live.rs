@@ -10,6 +10,7 @@ use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{AttachError, Deadline, GpaRange, Kernel, Roots, Target, Vcpu};
 use vmpatch_patcher::arena::Loaded;
 use vmpatch_patcher::quiescence::{self, BusyRanges, LiveKernel};
+use vmpatch_patcher::unwind;
 use vmpatch_vmm::client::{self, KvmTarget};
 
 use crate::exit::Failure;
@@ -117,6 +118,15 @@ impl Live {
         patiently(|| self.kernel.module_places(&self.vm, &as_in_a_stop()))
     }
 
+    /// The unwind tables of the kernel, of these modules, and of all code in the arena.
+    pub(crate) fn unwinder(&self, modules: &[ModulePlace]) -> Result<Unwinder, AttachError> {
+        let mut unwinder = Unwinder::load(&self.kernel, &self.vm, modules)?;
+        if let Ok(slot) = self.vm.arena() {
+            unwind::cover(&mut unwinder, &self.kernel, &self.vm, slot);
+        }
+        Ok(unwinder)
+    }
+
     /// The modules among whose places those of patches count.
     pub(crate) fn loaded<'a>(&self, places: &'a [ModulePlace]) -> Loaded<'a> {
         Loaded {
@@ -213,7 +223,7 @@ fn as_in_a_stop() -> Deadline {
 fn load(live: &Live) -> Result<Unwinder, AttachError> {
     patiently(|| {
         let modules = live.kernel.module_places(live.vm(), &as_in_a_stop())?;
-        Unwinder::load(&live.kernel, live.vm(), &modules)
+        live.unwinder(&modules)
     })
 }
 

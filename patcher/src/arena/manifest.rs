@@ -9,9 +9,10 @@ use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 
 use super::claim::ModuleClaim;
 use super::fixed::FIXED_PAGES;
-use super::window::WINDOW_PAGES;
+use super::window::{WINDOW_PAGES, page_address};
 use crate::patch::SectionKind;
 use crate::patch::check::{MAX_SYMBOL_NAME, patch_name};
+use crate::unwind::Rows;
 
 /// All that one boot of one guest has in its arena.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +45,8 @@ pub struct PatchRecord {
     /// Places in the guest's text that it needs changed and shares with every patch that needs them too: entries
     /// of the kernel's own look-ups. There while any of these patches is applied. They say nothing of its state.
     pub hooks: Vec<SiteRecord>,
+    /// How to unwind from its code, among its constants; `None` where that is not known.
+    pub unwind: Option<Rows>,
 }
 
 /// A run of whole pages of the window, mapped alike.
@@ -172,7 +175,23 @@ impl PatchRecord {
             FIXED_PAGES <= extent.page && end.is_some_and(|end| end <= next_page)
         });
         let mut places = self.places();
-        extents && self.names_are_ours() && places.all(SiteRecord::check)
+        extents
+            && self.unwind.is_none_or(|rows| self.has_constants(rows))
+            && self.names_are_ours()
+            && places.all(SiteRecord::check)
+    }
+
+    /// Whether rows lie among its constants.
+    fn has_constants(&self, rows: Rows) -> bool {
+        let end = rows
+            .size()
+            .and_then(|size| rows.at.checked_add(size as u64));
+        self.extents.iter().any(|extent| {
+            let start = page_address(extent.page);
+            let past = page_address(extent.page.saturating_add(extent.pages));
+            let within = start <= rows.at && end.is_some_and(|end| end <= past);
+            extent.kind == SectionKind::ReadOnly && within
+        })
     }
 
     /// Names reach terminals and file names: none may be empty, endless or of other characters than a patch file
@@ -269,6 +288,32 @@ mod tests {
         change(&mut changed);
         manifest.patches.push(changed);
         manifest.check()
+    }
+
+    #[test]
+    fn unwind_data_outside_of_a_patchs_constants_is_not_believed() {
+        let constants = Extent {
+            page: FIXED_PAGES,
+            pages: 1,
+            kind: SectionKind::ReadOnly,
+        };
+        let start = page_address(FIXED_PAGES);
+        let placed = |at, count, kind| {
+            let mut manifest = Manifest::fresh("boot", 1);
+            manifest.next_page = FIXED_PAGES + 1;
+            let mut record = record("fix");
+            record.extents = vec![Extent { kind, ..constants }];
+            record.unwind = Some(Rows { at, count, crc: 0 });
+            manifest.patches.push(record);
+            manifest.check()
+        };
+        let most = (PAGE_SIZE / 12) as u32;
+        assert!(placed(start, most, SectionKind::ReadOnly));
+        assert!(!placed(start, most + 1, SectionKind::ReadOnly));
+        assert!(!placed(start, u32::MAX, SectionKind::ReadOnly));
+        assert!(!placed(start.wrapping_sub(12), 1, SectionKind::ReadOnly));
+        assert!(!placed(start, 1, SectionKind::Data));
+        assert!(!placed(Gva(u64::MAX), 1, SectionKind::ReadOnly));
     }
 
     #[test]

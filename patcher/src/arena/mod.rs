@@ -171,6 +171,7 @@ mod tests {
             }],
             busy: Vec::new(),
             hooks: Vec::new(),
+            unwind: None,
         }
     }
 

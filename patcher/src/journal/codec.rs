@@ -258,6 +258,7 @@ mod tests {
                 sites: Vec::new(),
                 busy: Vec::new(),
                 hooks: Vec::new(),
+                unwind: None,
             },
             replaced: Vec::new(),
             map: Vec::new(),

@@ -8,9 +8,10 @@ use super::boot::nops::NOP5;
 use super::boot::{self, BootError, Facts, Image};
 use super::live::Live;
 use super::names::{Learned, Names};
-use super::pieces::Pieces;
+use super::pieces::{Made, Pieces};
 use super::place::Placement;
 use super::relocate::{self, OutOfReach};
+use super::unwind;
 use crate::patch::{Patch, Reference, Relocation, Section, SectionKind, Site, SiteKind, Symbol};
 
 /// Everything that decides what new code becomes.
@@ -88,7 +89,7 @@ pub struct Linked {
     /// In the order of the patch.
     pub sections: Vec<Vec<u8>>,
     /// From [`Placement::pieces`] on.
-    pub pieces: Vec<u8>,
+    pub pieces: Made,
 }
 
 impl Context<'_> {
@@ -147,7 +148,7 @@ pub fn link(context: &Context<'_>, most_pieces: usize) -> Result<Linked, CodeErr
         .collect::<Result<_, _>>()?;
     Ok(Linked {
         sections,
-        pieces: pieces.into_bytes(),
+        pieces: pieces.finish(),
     })
 }
 
@@ -334,9 +335,10 @@ impl SectionLinker<'_, '_> {
         };
         let (key, target) = (place(key)?, place(target)?);
         let at = image.address(offset);
+        let holds = unwind::at(self.section, offset);
         let test = self
             .pieces
-            .static_branch(key, target, at.wrapping_add(5), inverted)?;
+            .static_branch(key, target, at.wrapping_add(5), inverted, holds)?;
         let name = "code made for a static branch".to_owned();
         relocate::branch(0xe9, at, test).map_err(|far| Obstacle::Far { name, far })
     }
@@ -432,7 +434,7 @@ mod tests {
             placement: &shape.place_again(&[extent]).unwrap(),
         };
         let linked = link(&context, shape.most_pieces()).map_err(|error| error.why)?;
-        Ok((linked.sections[0].clone(), linked.pieces))
+        Ok((linked.sections[0].clone(), linked.pieces.bytes))
     }
 
     fn call_to(target: Gva) -> [u8; 5] {

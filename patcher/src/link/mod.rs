@@ -4,7 +4,8 @@
 //! The order is [`plan`]'s: what is patched already ([`layers`]), where they are (run-pre matching in
 //! [`verify`](crate::verify)), whether they can be replaced ([`region`], [`tracing`]), where the jump goes ([`entry`]),
 //! where the new code lies ([`place`]) and what it becomes there ([`code`]), by what this boot decided
-//! ([`boot`]); what the kernel finds when it traps ([`traps`]) and how it comes to look there ([`hooks`]).
+//! ([`boot`]); what the kernel finds when it traps ([`traps`]) and how it comes to look there ([`hooks`]); how stacks are
+//! followed through it ([`unwind`]).
 
 pub mod boot;
 pub mod code;
@@ -20,6 +21,7 @@ pub mod region;
 pub mod relocate;
 pub mod tracing;
 pub mod traps;
+pub mod unwind;
 
 pub use live::{Guest, Live};
 pub use plan::{LinkError, Plan};

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use vmpatch_introspect::Gva;
+use vmpatch_introspect::unwind::orc::Entry;
 
 use super::code::Obstacle;
 use super::place::PIECE;
@@ -15,7 +16,17 @@ pub struct Pieces {
     start: Gva,
     most: usize,
     bytes: Vec<u8>,
+    holds: Vec<Option<Entry>>,
     landings: BTreeMap<Gva, Gva>,
+}
+
+/// All pieces.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Made {
+    /// Their bytes, [`PIECE`] each.
+    pub bytes: Vec<u8>,
+    /// For each how to unwind from any of its instructions, for none touches the stack; `None` where that is not known.
+    pub holds: Vec<Option<Entry>>,
 }
 
 impl Pieces {
@@ -26,14 +37,16 @@ impl Pieces {
             start,
             most,
             bytes: Vec::new(),
+            holds: Vec::new(),
             landings: BTreeMap::new(),
         }
     }
 
-    /// The bytes of all pieces.
+    /// All of them.
     #[must_use]
-    pub fn into_bytes(self) -> Vec<u8> {
-        self.bytes
+    pub fn finish(self) -> Made {
+        let Self { bytes, holds, .. } = self;
+        Made { bytes, holds }
     }
 
     fn next(&self) -> Result<Gva, Obstacle> {
@@ -43,7 +56,8 @@ impl Pieces {
         Ok(self.start.wrapping_add(self.bytes.len() as u64))
     }
 
-    fn push(&mut self, code: &[u8]) {
+    fn push(&mut self, code: &[u8], holds: Option<Entry>) {
+        self.holds.push(holds);
         let end = self.bytes.len() + PIECE as usize;
         self.bytes.extend_from_slice(code);
         self.bytes.resize(end, 0xcc);
@@ -60,14 +74,17 @@ impl Pieces {
         }
         let at = self.next()?;
         let jump = far(branch(0xe9, at.wrapping_add(4), function))?;
-        self.push(&[&[0xf3, 0x0f, 0x1e, 0xfa], &jump[..]].concat());
+        let code = [&[0xf3, 0x0f, 0x1e, 0xfa], &jump[..]].concat();
+        // It is called like a function, and jumps to one.
+        self.push(&code, Some(Entry::FUNCTION_START));
         self.landings.insert(function, at);
         Ok(at)
     }
 
     /// `cmpl $0, key(%rip); jne target; jmp back`, or `je` where the branch is inverted. `enabled` is
     /// the first member of `struct static_key` and counts as on if it is not 0 (Linux v6.12
-    /// kernel/jump_label.c); flags are free, for asm goto clobbers them.
+    /// kernel/jump_label.c); flags are free, for asm goto clobbers them. `holds` is how to unwind from the branch, which
+    /// this is a part of.
     ///
     /// # Errors
     /// No room, or something is out of reach.
@@ -77,6 +94,7 @@ impl Pieces {
         target: Gva,
         back: Gva,
         inverted: bool,
+        holds: Option<Entry>,
     ) -> Result<Gva, Obstacle> {
         let at = self.next()?;
         // The field ends one byte before the next instruction: the immediate follows it.
@@ -85,7 +103,8 @@ impl Pieces {
         let condition = if inverted { 0x84 } else { 0x85 };
         let away = far(branch(condition, at.wrapping_add(8), target))?;
         let back = far(branch(0xe9, at.wrapping_add(13), back))?;
-        self.push(&[&[0x83, 0x3d], &key[..], &[0x00, 0x0f], &away, &back].concat());
+        let code = [&[0x83, 0x3d], &key[..], &[0x00, 0x0f], &away, &back].concat();
+        self.push(&code, holds);
         Ok(at)
     }
 }
@@ -109,7 +128,7 @@ mod tests {
     const BACK: Gva = Gva(0xffff_ffff_ff02_2605);
 
     fn decoded(pieces: Pieces) -> Vec<Instruction> {
-        let bytes = pieces.into_bytes();
+        let bytes = pieces.finish().bytes;
         Decoder::with_ip(64, &bytes, START.0, DecoderOptions::NONE)
             .iter()
             .take(3)
@@ -120,7 +139,11 @@ mod tests {
     fn a_static_branch_tests_its_key_and_goes_either_way() {
         for (inverted, code) in [(false, Code::Jne_rel32_64), (true, Code::Je_rel32_64)] {
             let mut pieces = Pieces::new(START, 1);
-            pieces.static_branch(KEY, TARGET, BACK, inverted).unwrap();
+            let at_branch = Some(Entry::UNDEFINED);
+            pieces
+                .static_branch(KEY, TARGET, BACK, inverted, at_branch)
+                .unwrap();
+            assert_eq!(pieces.holds, [at_branch]);
             let made = decoded(pieces);
             assert_eq!(made[0].code(), Code::Cmp_rm32_imm8);
             assert_eq!(made[0].ip_rel_memory_address(), KEY.0);
@@ -140,6 +163,7 @@ mod tests {
         assert_eq!(pieces.landing(KEY).unwrap(), first);
         assert_ne!(pieces.landing(TARGET).unwrap(), first);
         assert_eq!(pieces.landing(BACK), Err(Obstacle::Room));
+        assert_eq!(pieces.holds, [Some(Entry::FUNCTION_START); 2]);
         let made = decoded(pieces);
         assert_eq!(made[0].code(), Code::Endbr64);
         assert_eq!(made[1].near_branch_target(), KEY.0);

@@ -62,14 +62,15 @@ impl Shape {
                 size: section.bytes.len() as u64,
             }));
         }
-        let room = traps::room(patch);
+        let most_pieces = static_branches(patch).saturating_add(stubs);
+        let room = traps::room(patch, most_pieces);
         let tables = Parts {
             bugs: take(room.bugs),
             faults: take(room.faults),
             files: take(room.files),
+            unwind: take(room.unwind),
         };
         let pieces = ends[0].saturating_add(PIECE - 1) & !(PIECE - 1);
-        let most_pieces = static_branches(patch).saturating_add(stubs);
         ends[0] = pieces.saturating_add((most_pieces as u64).saturating_mul(PIECE));
         let sizes = KINDS
             .into_iter()
@@ -127,6 +128,7 @@ impl Shape {
             bugs: section(&self.tables.bugs),
             faults: section(&self.tables.faults),
             files: section(&self.tables.files),
+            unwind: section(&self.tables.unwind),
         };
         Placement {
             sections,

@@ -17,7 +17,8 @@ use super::place::{Placement, Shape};
 use super::region::{self, RegionError};
 use super::relocate::{self, OutOfReach};
 use super::tracing::{self, TracingError};
-use super::traps;
+use super::traps::{self, Parts};
+use super::unwind;
 use crate::arena::fixed::Fixtures;
 use crate::arena::window::{self, WindowError};
 use crate::arena::{
@@ -25,6 +26,7 @@ use crate::arena::{
 };
 use crate::patch::file::PatchFile;
 use crate::patch::{Patch, Replacement, SectionKind};
+use crate::unwind::rows::{self, Rows};
 use crate::verify::locate::{LocateError, Located, Wanted};
 use crate::verify::run_pre::Matcher;
 
@@ -439,7 +441,7 @@ impl Linker<'_> {
         busy.extend(new_ranges(
             self.patch,
             placement,
-            linked.pieces.len() as u64,
+            linked.pieces.bytes.len() as u64,
         ));
         let new: Vec<_> = self
             .patch
@@ -448,6 +450,7 @@ impl Linker<'_> {
             .map(|it| new_function(self.patch, it, placement))
             .collect();
         let sites = self.sites(old.entries, &new)?;
+        let unwind = rows::encode(&unwind::rows(self.patch, placement, &linked.pieces));
         let record = PatchRecord {
             name: self.patch.name.clone(),
             digest: self.digest.clone(),
@@ -456,9 +459,13 @@ impl Linker<'_> {
             sites,
             busy,
             hooks: self.hooks.sites.clone(),
+            unwind: (!unwind.is_empty()).then(|| Rows::of(placement.tables.unwind, &unwind)),
         };
-        let tables = traps::fill(&context)?;
-        let contents = shape.contents(&linked.sections, &linked.pieces, &tables);
+        let tables = Parts {
+            unwind,
+            ..traps::fill(&context)?
+        };
+        let contents = shape.contents(&linked.sections, &linked.pieces.bytes, &tables);
         let place = |table| (table, placement.tables.table(table));
         let fixtures = Fixtures {
             stubs: self.hooks.stubs.clone(),

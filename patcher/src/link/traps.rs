@@ -11,6 +11,7 @@ use vmpatch_introspect::Gva;
 
 use super::code::{CodeError, Context, Obstacle};
 use super::relocate;
+use super::unwind;
 use crate::arena::fixed::{ENTRY, Table};
 use crate::patch::{Patch, RelocationKind, Section, SectionKind, Trap, TrapKind};
 
@@ -34,12 +35,14 @@ pub struct Parts<T> {
     pub faults: T,
     /// Names of source files.
     pub files: T,
+    /// How to unwind from new code.
+    pub unwind: T,
 }
 
 impl<T> Parts<T> {
     /// The parts in their order in memory.
-    pub fn in_order(&self) -> [&T; 3] {
-        [&self.bugs, &self.faults, &self.files]
+    pub fn in_order(&self) -> [&T; 4] {
+        [&self.bugs, &self.faults, &self.files, &self.unwind]
     }
 }
 
@@ -61,9 +64,9 @@ pub fn needed(patch: &Patch) -> Vec<Table> {
     Table::ALL.into_iter().filter(has).collect()
 }
 
-/// The room that the tables of a patch take.
+/// The room that the tables of a patch take, with at most so many pieces of made code.
 #[must_use]
-pub fn room(patch: &Patch) -> Parts<Block> {
+pub fn room(patch: &Patch, pieces: usize) -> Parts<Block> {
     let block = |kind, align, size| Block { kind, align, size };
     let table = |table, kind| {
         let entries = traps(patch).filter(|(_, trap)| table_of(trap) == table);
@@ -78,10 +81,11 @@ pub fn room(patch: &Patch) -> Parts<Block> {
         bugs: table(Table::Bugs, SectionKind::Data),
         faults: table(Table::Faults, SectionKind::ReadOnly),
         files: block(SectionKind::ReadOnly, 1, files),
+        unwind: block(SectionKind::ReadOnly, 4, unwind::room(patch, pieces)),
     }
 }
 
-/// The bytes of the tables.
+/// The bytes of the tables that the kernel looks into.
 ///
 /// # Errors
 /// [`CodeError`]: a fixup is not known or out of reach.
@@ -312,8 +316,8 @@ mod tests {
         let (_, parts) = filled(&patch);
         assert_eq!(parts.files, b"fs/a.c\0");
         assert!(parts.faults.is_empty());
-        let room = room(&patch);
+        let room = room(&patch, 2);
         let sizes = room.in_order().map(|block| block.size);
-        assert_eq!(sizes, [3 * ENTRY as u64, 0, 7]);
+        assert_eq!(sizes, [3 * ENTRY as u64, 0, 7, 0]);
     }
 }

@@ -127,6 +127,7 @@ fn record(machine: &dyn PhysicalMemory, name: &str, page: u32) -> PatchRecord {
             busy("second", new(1), FUNCTION, BusyKind::New),
         ],
         hooks: Vec::new(),
+        unwind: None,
     }
 }
 

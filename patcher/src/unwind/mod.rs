@@ -7,7 +7,13 @@
 //!
 //! The guest's own unwinder does not see any of it.
 
+mod cover;
+pub mod rows;
+
 use vmpatch_introspect::unwind::orc::{Base, Entry, Kind};
+
+pub use cover::cover;
+pub use rows::{Row, Rows};
 
 /// Whether a function compiled from C can have this entry: a call from it leads back to where a return address lies,
 /// or nothing is known. Frames of interrupts and ends of stacks are made by the kernel's entry code only, and

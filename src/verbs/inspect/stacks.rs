@@ -37,7 +37,7 @@ pub(super) fn show(asked: &Stacks, output: &Output) -> Result<(), Failure> {
     let seen = Live::attach(&asked.vm.vm)?;
     let modules = seen.modules()?;
     let places: Vec<_> = modules.iter().map(Module::place).collect();
-    let unwinder = Unwinder::load(&seen.kernel, seen.vm(), &places)?;
+    let unwinder = seen.unwinder(&places)?;
     let stacks = of_one_moment(&seen, &unwinder)?;
     let names = Names {
         kernel: &seen.kernel,

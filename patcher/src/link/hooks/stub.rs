@@ -5,11 +5,13 @@
 //! but `rax`, which holds the answer: a compiler may know what the function it stands before leaves alone.
 
 use vmpatch_introspect::Gva;
+use vmpatch_introspect::unwind::orc::Entry;
 
 use super::super::boot::returns::Returns;
 use super::super::relocate::{OutOfReach, branch};
 use crate::arena::fixed::{ENTRY, Table};
 use crate::arena::window::{WINDOW_PAGES, WINDOW_START};
+use crate::unwind::Row;
 
 /// Makes a stub: `displaced` are the instructions that the jump to it takes the place of, and `back` is where the
 /// function goes on behind them.
@@ -22,11 +24,25 @@ pub fn encode(
     back: Gva,
     returns: Returns,
 ) -> Result<Vec<u8>, OutOfReach> {
+    write(table, displaced, back, returns).map(|code| code.bytes)
+}
+
+/// How to unwind from a stub, up to the first of the displaced instructions: what those do to the stack is the guest's own.
+/// No other part of it differs from guest to guest in more than where it leads.
+#[must_use]
+pub fn rows(table: Table) -> Vec<Row> {
+    let nothing = write(table, &[], table.stub(), Returns::Plain);
+    nothing.map_or_else(|_| Vec::new(), |code| code.rows)
+}
+
+fn write(table: Table, displaced: &[u8], back: Gva, returns: Returns) -> Result<Code, OutOfReach> {
     let mut code = Code::at(table.stub());
+    code.pushed(0);
     // Both lie within 2 GiB of the end of the address space, so that 32 bits name them, sign-extended.
     let from_window = (WINDOW_START.0.wrapping_neg() as u32).to_le_bytes();
     let directory = (table.directory().0 as u32).to_le_bytes();
     code.add(&[0x51]); // push rcx
+    code.pushed(8);
     code.add(&[0x48, 0x8d, 0x87]); // lea rax, [rdi - window]
     code.add(&from_window);
     code.add(&[0x48, 0xc1, 0xe8, 12]); // shr rax, 12
@@ -49,19 +65,24 @@ pub fn encode(
     code.lead(again, next);
     code.lead_here(&[found]);
     code.add(&[0x59]); // pop rcx
+    code.pushed(0);
     let back_to_caller = returns.site(code.here(), 5)?;
     code.add(&back_to_caller);
     code.lead_here(&[outside, without, end]);
+    code.pushed(8);
     code.add(&[0x59]); // pop rcx
+    code.pushed(0);
+    code.known_no_longer();
     code.add(displaced);
     let onward = branch(0xe9, code.here(), back)?;
     code.add(&onward);
-    Ok(code.bytes)
+    Ok(code)
 }
 
 struct Code {
     start: Gva,
     bytes: Vec<u8>,
+    rows: Vec<Row>,
 }
 
 impl Code {
@@ -69,7 +90,23 @@ impl Code {
         Self {
             start,
             bytes: Vec::new(),
+            rows: Vec::new(),
         }
+    }
+
+    /// From here on so many bytes lie upon the return address.
+    fn pushed(&mut self, bytes: i16) {
+        let entry = Entry {
+            sp_offset: Entry::FUNCTION_START.sp_offset + bytes,
+            ..Entry::FUNCTION_START
+        };
+        self.rows.push((self.here(), entry));
+    }
+
+    /// From the next instruction on nothing is known of the stack.
+    fn known_no_longer(&mut self) {
+        self.rows
+            .push((self.here().wrapping_add(1), Entry::UNDEFINED));
     }
 
     fn here(&self) -> Gva {

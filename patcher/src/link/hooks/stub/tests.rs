@@ -75,6 +75,17 @@ impl Cpu {
         (self.equal, self.carry) = (left == right, left < right);
     }
 
+    /// That the return address lies where the unwind data has it, as long as it says anything.
+    fn is_as_rows_say(&self, ip: u64) {
+        let rows = Table::ALL.map(rows).concat();
+        let row = rows.iter().rev().find(|(at, _)| at.0 <= ip).unwrap();
+        let pushed = self.stack.len() as i16 * 8;
+        assert!(
+            row.1 == Entry::UNDEFINED || row.1.sp_offset == 8 + pushed,
+            "{ip:#x}: {row:?}"
+        );
+    }
+
     fn run(&mut self, code: &[u8], start: Gva) -> End {
         let mut ip = start.0;
         for _ in 0..1000 {
@@ -84,6 +95,7 @@ impl Cpu {
             if ip == THUNK.0 {
                 return End::Returned;
             }
+            self.is_as_rows_say(ip);
             let from = (ip - start.0) as usize;
             let it = Decoder::with_ip(64, &code[from..], ip, DecoderOptions::NONE).decode();
             ip = it.next_ip();
@@ -209,4 +221,17 @@ fn an_empty_table_ends_the_search() {
 fn what_was_displaced_stands_in_the_stub_as_it_was() {
     let code = encode(Table::Faults, &DISPLACED, BACK, Returns::Plain).unwrap();
     assert!(code[..code.len() - 5].ends_with(&DISPLACED));
+}
+
+#[test]
+fn only_behind_the_first_displaced_instruction_nothing_is_known_of_the_stack() {
+    for table in Table::ALL {
+        let rows = rows(table);
+        let code = encode(table, &DISPLACED, BACK, Returns::Plain).unwrap();
+        let displaced = code.len() - 5 - DISPLACED.len();
+        assert_eq!(rows[0], (table.stub(), Entry::FUNCTION_START));
+        let last = table.stub().wrapping_add(displaced as u64 + 1);
+        assert_eq!(rows.last(), Some(&(last, Entry::UNDEFINED)));
+        assert!(rows.is_sorted_by(|one, other| one.0 < other.0));
+    }
 }
