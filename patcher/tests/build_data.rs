@@ -323,3 +323,48 @@ fn the_root_of_shadow_data_is_nobodys_and_named_once() {
     let reason = &defined[0].reason;
     assert!(reason.contains("declared, never defined"), "{reason}");
 }
+
+/// A string of characters of two bytes, as the firmware's names are.
+fn wide(text: &str) -> String {
+    format!(
+        "typedef unsigned short c16; extern void ask(const c16 *); void run(void) {{ ask(u\"{text}\"); }}"
+    )
+}
+
+#[test]
+fn strings_of_wide_characters_are_compared_and_brought_to_their_end() {
+    let (patch, _) = patch(&wide("SetupMode"), &wide("SecureBoot"));
+    let text: Vec<u8> = "SecureBoot\0"
+        .encode_utf16()
+        .flat_map(u16::to_le_bytes)
+        .collect();
+    assert!(patch.sections.iter().any(|it| it.bytes == text));
+}
+
+/// Tables of pointers to tables, the last of which holds `number`.
+fn deep(number: u32) -> String {
+    let mut source = format!("void run(int i) {{ static const int t0[] = {{ {number} }};\n");
+    for level in 1..12 {
+        let below = level - 1;
+        source += &format!("static const void *const t{level}[] = {{ t{below}, t{below} }};\n");
+    }
+    source + "use((void *)t11[i]); }"
+}
+
+#[test]
+fn tables_too_deep_to_be_followed_are_never_the_same() {
+    let (patch, _) = patch(&deep(1), &deep(2));
+    assert_eq!(replaced(&patch), ["run"]);
+}
+
+#[test]
+fn tables_of_tables_are_followed_only_so_far() {
+    let mut source = "void run(int i) { static const int t0[] = { 1 };\n".to_owned();
+    for level in 1..9 {
+        let below = format!("t{}, ", level - 1).repeat(12);
+        source += &format!("static const void *const t{level}[] = {{ {below} }};\n");
+    }
+    let source = source + "use((void *)t8[i]); }";
+    let (patch, _) = patch(&source, &source.replace("t8[i]", "t8[i + 1]"));
+    assert_eq!(replaced(&patch), ["run"]);
+}

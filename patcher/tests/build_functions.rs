@@ -320,3 +320,25 @@ fn a_clone_that_is_numbered_otherwise_is_the_same_clone() {
     let (patch, _) = patch(&source("helper.isra.0"), &changed);
     assert_eq!(replaced(&patch), ["helper.isra.0"]);
 }
+
+/// Two functions side by side in one section, the first of which ends in a call of the second.
+fn side_by_side(number: u32) -> String {
+    format!(
+        "asm(\".pushsection .sched.text,\\\"ax\\\"\\n\
+         .globl first\\n.type first,@function\\nfirst: mov ${number},%edi\\n\
+         .byte 0xe8\\n.long second - . - 4\\n.size first, . - first\\n\
+         .globl second\\n.type second,@function\\nsecond: mov $1,%eax\\nret\\n.size second, . - second\\n\
+         .popsection\");"
+    )
+}
+
+#[test]
+fn a_call_of_the_function_that_follows_is_no_place_of_its_own() {
+    let (patch, _) = patch(&side_by_side(1), &side_by_side(2));
+    assert_eq!(replaced(&patch), ["first"]);
+    let names = named(&patch, &new_body(&patch).relocations);
+    assert!(
+        names.iter().any(|name| name.contains("second")),
+        "{names:?}"
+    );
+}

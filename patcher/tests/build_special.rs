@@ -96,13 +96,18 @@ fn a_line_that_a_warning_prints_may_move_but_no_other_number() {
     let at = |line, number| {
         let warn = warn(line);
         format!(
-            "int show(int n) {{ if (n == 9) {{ printk(\"%d\", {line}); {warn}; }} return {number}; }}"
+            "extern void __warn_printk(const char *, ...); extern int limit(int, int);
+             int show(int n) {{ if (n == 9) {{ __warn_printk(\"%d\", {line}); {warn}; }} return limit(n, {number}); }}"
         )
     };
     let report = nothing(&at(42, 7), &at(43, 7));
     assert_eq!(report.ignored.len(), 1, "{report}");
-    // The number is not a line in both objects, so it counts.
-    for (old, new) in [(at(42, 42), at(43, 42)), (at(42, 7), at(43, 8))] {
+    // A number that is loaded for something else counts, also where it is that of the line.
+    for (old, new) in [
+        (at(42, 42), at(43, 43)),
+        (at(42, 43), at(43, 42)),
+        (at(42, 7), at(43, 8)),
+    ] {
         let (patch, _) = patch(&old, &new);
         assert_eq!(replaced(&patch), ["show"]);
     }
@@ -308,4 +313,16 @@ fn the_test_of_a_cpu_feature_comes_along_with_its_first_form() {
     );
     // testb with an immediate: the field is five bytes from the end of its instruction.
     assert_eq!(aux.relocations[0].addend, 9 - 5);
+}
+
+#[test]
+fn an_alternative_with_a_field_of_no_known_kind_is_refused() {
+    let entry = r".word 5\n.word 0";
+    let with = alternative(entry).replace("call quick", ".quad quick - .");
+    let old = "void show(void) { use(0); }";
+    let (section, _, reason) = refusal(old, &format!("void show(void) {{ {with}; use(0); }}"));
+    assert!(
+        section.contains("relocations") && reason.contains("quick"),
+        "{section}: {reason}"
+    );
 }

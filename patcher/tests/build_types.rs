@@ -9,12 +9,15 @@ use vmpatch_patcher::build::{BuildError, BuildOptions, FileReport};
 const SOURCE: &str = "\
 struct inner { int low : 4; int high : 4; };
 struct item { long key; union { int one; char bytes[4]; }; struct inner flags; };
+struct holder { struct { int first; int second; } in; long end; };
+typedef struct { int left; int right; } pair_t;
 struct padded { char kind; long end; };
 struct nested { const struct { char within; }; long end; };
 typedef char row[3];
 struct table { volatile row rows[2]; long end; };
 int get(struct item *it) { return it->one + it->flags.high; }
-long more(struct padded *p, struct nested *n, struct table *t) { return p->end + n->end + t->end; }
+long more(struct padded *p, struct nested *n, struct table *t, struct holder *h, pair_t *q)
+{ return p->end + n->end + t->end + h->end + q->left; }
 ";
 
 fn with_types(source: &str) -> Vec<u8> {
@@ -82,6 +85,16 @@ fn a_structure_that_lies_otherwise_is_refused_by_its_name_and_member() {
             "struct nested: member within has another width",
         ),
         (
+            "int first; int second;",
+            "int second; int first;",
+            "struct holder: member in.first has moved",
+        ),
+        (
+            "int left; int right;",
+            "int right; int left;",
+            "pair_t: member left has moved",
+        ),
+        (
             "rows[2];",
             "rows[1];",
             "struct table: member rows has another width",
@@ -127,6 +140,22 @@ int get(struct item *it) { return it->one +";
         ),
     ] {
         let (_, report) = changed(from, to, &[]).unwrap();
-        assert_eq!(report.layouts, Some(5), "{to}");
+        assert_eq!(report.layouts, Some(7), "{to}");
     }
+}
+
+#[test]
+fn objects_without_debug_information_are_said_not_to_be_compared() {
+    let (_, report) = objects::patch(
+        "int f(int n) { return n; }",
+        "int f(int n) { return n + 1; }",
+    );
+    assert!(
+        report
+            .to_string()
+            .contains("layouts of types were not compared"),
+        "{report}"
+    );
+    let (_, report) = changed("it->one +", "it->one -", &[]).unwrap();
+    assert!(!report.to_string().contains("not compared"), "{report}");
 }

@@ -11,6 +11,7 @@ use super::report::{Brought, FileReport, Refused};
 use super::resolve::NewResolver;
 use super::side::Side;
 use super::site;
+use super::special::Special;
 use super::table::SymbolTable;
 use super::unit::Unit;
 use crate::object::{Home, SectionId};
@@ -271,6 +272,11 @@ impl<'a> Filler<'_, 'a> {
         let view = &new.code[function];
         let mut resolver = self.resolver(Some(function));
         resolver.refuse_unknown_kinds(&view.references);
+        for entry in &new.entries[function] {
+            if let Special::Alternative { references, .. } = &entry.special {
+                resolver.refuse_unknown_kinds(references);
+            }
+        }
         let calls = |it: &Reference| site::is_call(new, function, it);
         let relocations = site::relocations(&view.references, calls, &mut resolver);
         let sites = site::sites(new, function, &mut resolver);

@@ -1,6 +1,6 @@
 //! Which functions differ, and in what. Owns the verdict; what is done about it is [`super::collect`]'s.
 
-use super::instructions::Instruction;
+use super::instructions::{Flow, Instruction};
 use super::key::{self, Content, Key, Names};
 use super::pair::Pairs;
 use super::reference::Target;
@@ -111,25 +111,53 @@ fn code((side, names, function): Seen<'_>) -> Content {
     )
 }
 
-/// Puts the number of a warning in the place of its line where an instruction loads the line for a message
+/// The function that prints a warning's message (Linux v6.1 and v6.12 kernel/panic.c; include/asm-generic/bug.h, `__WARN_printf`).
+const MESSAGE: &str = "__warn_printk";
+
+/// Puts the number of a warning in the place of its line where an instruction loads the line for the warning's message
 /// (`WARN(…, __LINE__)` as in `ASSERT_RTNL`, Linux v6.12 include/linux/rtnetlink.h): the same number in both
-/// objects then means the same warning, whatever line it moved to.
+/// objects then means the same warning, whatever line it moved to. A number that is loaded for anything else is not a line.
 fn mask_lines((side, _, function): Seen<'_>, bytes: &mut [u8]) {
-    let lines: Vec<u32> = side.entries[function]
+    let lines: Vec<(u64, u32)> = side.entries[function]
         .iter()
         .filter_map(|it| match it.special {
-            Special::Bug { line, .. } => Some(u32::from(line)),
+            Special::Bug { line, .. } => Some((it.offset, u32::from(line))),
             _ => None,
         })
         .collect();
-    for instruction in side.code[function].instructions.iter() {
-        let Some(field) = loaded_number(bytes, instruction) else {
-            continue;
-        };
-        let value = u32::from_le_bytes(*field);
-        if let Some(number) = lines.iter().position(|line| *line == value) {
-            *field = (u32::MAX - number as u32).to_le_bytes();
+    let view = &side.code[function];
+    let mut loads: Vec<&Instruction> = Vec::new();
+    for instruction in view.instructions.iter() {
+        match instruction.flow {
+            Flow::Call if calls_message(side, function, instruction) => {
+                // The trap stands right behind the call, but for a nop that may mark where checks are off.
+                let behind = instruction.end..instruction.end + 4;
+                let number = lines.iter().position(|(at, _)| behind.contains(at));
+                for load in loads.drain(..) {
+                    mask_line(bytes, load, &lines, number);
+                }
+            }
+            Flow::Other => loads.push(instruction),
+            _ => loads.clear(),
         }
+    }
+}
+
+fn calls_message(side: &Side, function: usize, call: &Instruction) -> bool {
+    let field = call.relative.map(|field| field.offset);
+    let mut references = side.code[function].references.iter();
+    let target = references.find(|it| Some(it.offset) == field);
+    target.is_some_and(|it| side.name_of(&it.target) == MESSAGE)
+}
+
+fn mask_line(bytes: &mut [u8], load: &Instruction, lines: &[(u64, u32)], number: Option<usize>) {
+    let line = number.and_then(|number| lines.get(number));
+    let (Some(field), Some(number), Some((_, line))) = (loaded_number(bytes, load), number, line)
+    else {
+        return;
+    };
+    if u32::from_le_bytes(*field) == *line {
+        *field = (u32::MAX - number as u32).to_le_bytes();
     }
 }
 

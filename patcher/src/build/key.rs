@@ -1,6 +1,7 @@
 //! What makes two fields of two objects the same: that they refer to the same thing, whatever number or
 //! offset it has in each. Owns that form; pairing variables whose names differ is [`super::pair`]'s.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::inventory::numbered_base;
@@ -10,6 +11,8 @@ use crate::object::{Kind, SectionId};
 
 /// How deep content refers to other content before two are just called different.
 const MAX_DEPTH: usize = 8;
+/// How many fields content may have, that of what it refers to included, before two are just called different.
+const MAX_FIELDS: usize = 1 << 12;
 
 /// A target in a form that means the same in both objects.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -23,8 +26,15 @@ pub(super) enum Key {
     /// `.altinstr_aux`: code that only runs until alternatives are applied, and its offset changes with
     /// every change of the object (Linux v6.12 arch/x86/include/asm/cpufeature.h).
     Auxiliary,
-    /// Too deep, or outside of the object: equal to nothing but to itself.
-    Unclear(SectionId, i64),
+    /// Too deep, too large, or outside of the object: equal to nothing in the other one.
+    Unclear {
+        /// Of the old object.
+        old: bool,
+        /// Where.
+        section: SectionId,
+        /// Bytes from there.
+        distance: i64,
+    },
 }
 
 /// Bytes with fields masked, and what the fields refer to.
@@ -57,12 +67,31 @@ pub(super) fn is_numbered_constant(side: &Side, variable: usize) -> bool {
     numbered_base(&variable.name).is_some() && !side.object.section(variable.section).flags.write
 }
 
-/// The key of a target.
-pub(super) fn key(side: &Side, names: &Names, target: &Target) -> Key {
-    key_at(side, names, target, 0)
+/// How far content was followed into what it refers to.
+struct Walk<'a> {
+    depth: usize,
+    /// Fields that may still be looked at.
+    left: &'a Cell<usize>,
 }
 
-fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
+impl Walk<'_> {
+    /// One step on, if it may be made.
+    fn deeper(&self) -> Option<Self> {
+        let may = self.depth < MAX_DEPTH && self.left.get() > 0;
+        may.then_some(Self {
+            depth: self.depth + 1,
+            left: self.left,
+        })
+    }
+}
+
+/// The key of a target.
+pub(super) fn key(side: &Side, names: &Names, target: &Target) -> Key {
+    let left = &Cell::new(MAX_FIELDS);
+    key_at(side, names, target, &Walk { depth: 0, left })
+}
+
+fn key_at(side: &Side, names: &Names, target: &Target, walk: &Walk<'_>) -> Key {
     match *target {
         Target::Outside { distance, .. } => Key::Named(side.name_of(target), distance),
         Target::Function { function, distance } => {
@@ -72,7 +101,7 @@ fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
         Target::Variable { variable, distance } if is_numbered_constant(side, variable) => {
             let it = side.variable(variable);
             let end = it.start.saturating_add(it.size);
-            content_key(side, names, it.section, (it.start, end), distance, depth)
+            content_key(side, names, it.section, (it.start, end), distance, walk)
         }
         Target::Variable { variable, distance } => variable_key(side, names, variable, distance),
         Target::Text {
@@ -102,12 +131,12 @@ fn key_at(side: &Side, names: &Names, target: &Target, depth: usize) -> Key {
             let end = start.saturating_add(size);
             let inside = offset.wrapping_sub(start).cast_signed();
             let inside = inside.wrapping_add(distance);
-            content_key(side, names, section, (start, end), inside, depth)
+            content_key(side, names, section, (start, end), inside, walk)
         }
         Target::Place { section, .. } if side.object.section(section).flags.exec => Key::Auxiliary,
         Target::Place { section, offset } => {
             let size = side.object.section(section).size;
-            content_key(side, names, section, (0, size), offset, depth)
+            content_key(side, names, section, (0, size), offset, walk)
         }
     }
 }
@@ -129,14 +158,18 @@ fn content_key(
     section: SectionId,
     (start, end): (u64, u64),
     distance: i64,
-    depth: usize,
+    walk: &Walk<'_>,
 ) -> Key {
-    if depth >= MAX_DEPTH {
-        return Key::Unclear(section, distance);
-    }
-    match content(side, names, section, (start, end), depth + 1) {
+    let content = walk
+        .deeper()
+        .and_then(|walk| content(side, names, section, (start, end), &walk));
+    match content {
         Some(content) => Key::Content(Box::new(content), distance),
-        None => Key::Unclear(section, distance),
+        None => Key::Unclear {
+            old: names.variables.is_none(),
+            section,
+            distance,
+        },
     }
 }
 
@@ -146,7 +179,8 @@ pub(super) fn data(side: &Side, names: &Names, section: SectionId, range: (u64, 
         bytes: Vec::new(),
         fields: Vec::new(),
     };
-    content(side, names, section, range, 0).unwrap_or(unreadable)
+    let left = &Cell::new(MAX_FIELDS);
+    content(side, names, section, range, &Walk { depth: 0, left }).unwrap_or(unreadable)
 }
 
 fn content(
@@ -154,7 +188,7 @@ fn content(
     names: &Names,
     section: SectionId,
     (start, end): (u64, u64),
-    depth: usize,
+    walk: &Walk<'_>,
 ) -> Option<Content> {
     if side.object.section(section).flags.zeroes {
         return Some(Content {
@@ -164,7 +198,7 @@ fn content(
     }
     let bytes = side.bytes(section, start, end)?;
     let references = side.data_references(section, start, end);
-    Some(assemble(side, names, bytes, &references, depth))
+    Some(assemble(side, names, bytes, &references, walk))
 }
 
 /// Code or data with its fields as keys.
@@ -174,7 +208,8 @@ pub(super) fn masked(
     bytes: &[u8],
     references: &[Reference],
 ) -> Content {
-    assemble(side, names, bytes, references, 0)
+    let left = &Cell::new(MAX_FIELDS);
+    assemble(side, names, bytes, references, &Walk { depth: 0, left })
 }
 
 fn assemble(
@@ -182,15 +217,16 @@ fn assemble(
     names: &Names,
     bytes: &[u8],
     references: &[Reference],
-    depth: usize,
+    walk: &Walk<'_>,
 ) -> Content {
     let mut bytes = bytes.to_vec();
     let fields = references.iter().map(|it| {
         mask(&mut bytes, it);
+        walk.left.set(walk.left.get().saturating_sub(1));
         Field {
             offset: it.offset,
             kind: it.kind,
-            key: key_at(side, names, &it.target, depth),
+            key: key_at(side, names, &it.target, walk),
         }
     });
     let fields = fields.collect();

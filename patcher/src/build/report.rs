@@ -121,6 +121,12 @@ impl fmt::Display for FileReport {
         for it in &self.refused {
             writeln!(f, "refused   {it}")?;
         }
+        if self.layouts.is_none() {
+            writeln!(
+                f,
+                "note      no debug information, so layouts of types were not compared"
+            )?;
+        }
         if let Some(why) = &self.no_unwind_data {
             writeln!(f, "note      no unwind data for new code: {why}")?;
         }

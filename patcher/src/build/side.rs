@@ -92,18 +92,19 @@ impl Side {
             .collect()
     }
 
-    /// The zero-terminated string at a place, its zero included.
+    /// The string at a place, its zero included, of characters as wide as the pool has them.
     pub(super) fn text(&self, section: SectionId, offset: u64) -> &[u8] {
-        let bytes = &self.object.section(section).bytes;
+        let pool = self.object.section(section);
         let rest = usize::try_from(offset)
             .ok()
-            .and_then(|at| bytes.get(at..))
+            .and_then(|at| pool.bytes.get(at..))
             .unwrap_or_default();
+        let width = usize::try_from(pool.entry_size).unwrap_or(1).max(1);
         let end = rest
-            .iter()
-            .position(|byte| *byte == 0)
-            .map_or(rest.len(), |at| at + 1);
-        rest.get(..end).unwrap_or_default()
+            .chunks(width)
+            .position(|character| character.iter().all(|byte| *byte == 0))
+            .map_or(rest.len(), |at| (at + 1).saturating_mul(width));
+        rest.get(..end).unwrap_or(rest)
     }
 
     /// The name of what a target is, for messages.
@@ -152,7 +153,8 @@ fn view(object: &Object, inventory: &Inventory, function: &Function) -> CodeView
     let unrelocated: Vec<_> = view
         .instructions
         .iter()
-        .filter(|it| leaves_unrelocated(it, function, section))
+        .filter(|it| leaves(object, inventory, function, it))
+        .filter(|it| is_unrelocated(it, function, section))
         .collect();
     let mut added = Vec::new();
     for instruction in unrelocated {
@@ -166,17 +168,36 @@ fn view(object: &Object, inventory: &Inventory, function: &Function) -> CodeView
     view
 }
 
-/// Whether an instruction leads out of its function without a relocation: assemblers settle what lies in
-/// one section themselves.
-fn leaves_unrelocated(instruction: &Instruction, function: &Function, section: &Section) -> bool {
+/// Whether an instruction leads out of its function. What leads to its end stays, for compilers leave jumps there to where code
+/// cannot be reached; but not where the next function begins.
+fn leaves(
+    object: &Object,
+    inventory: &Inventory,
+    function: &Function,
+    instruction: &Instruction,
+) -> bool {
     let Some(field) = instruction.relative else {
         return false;
     };
     let len = (function.end - function.start).cast_signed();
-    !(0..=len).contains(&field.leads_to)
-        && section
-            .relocation_at(function.start.wrapping_add(field.offset))
-            .is_none()
+    if field.leads_to != len {
+        return !(0..len).contains(&field.leads_to);
+    }
+    let next = place(
+        object,
+        inventory,
+        function.section,
+        function.end.cast_signed(),
+    );
+    matches!(next, Target::Function { distance: 0, .. })
+}
+
+/// Whether a relative operand has no relocation: assemblers settle what lies in one section themselves.
+fn is_unrelocated(instruction: &Instruction, function: &Function, section: &Section) -> bool {
+    instruction.relative.is_some_and(|field| {
+        let at = function.start.wrapping_add(field.offset);
+        section.relocation_at(at).is_none()
+    })
 }
 
 fn implied(

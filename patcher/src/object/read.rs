@@ -123,7 +123,8 @@ fn read_section(
         alloc: has(elf::SHF_ALLOC),
         write: has(elf::SHF_WRITE),
         exec: has(elf::SHF_EXECINSTR),
-        merge: has(elf::SHF_MERGE),
+        // A pool whose entries have no size is no pool (gABI, sh_entsize).
+        merge: has(elf::SHF_MERGE) && header.sh_entsize(LittleEndian) > 0,
         strings: has(elf::SHF_STRINGS),
         zeroes: header.sh_type(LittleEndian) == elf::SHT_NOBITS,
     };

@@ -17,7 +17,7 @@ const MAX_LAYERS: usize = 32;
 /// Most members of one structure; the rest is left out. A hostile one may hold itself many times.
 const MAX_MEMBERS: usize = 1 << 14;
 
-/// Layouts by `struct NAME` or `union NAME`.
+/// Layouts by `struct NAME` or `union NAME`, or by the name that a type definition gives to one that has none itself.
 pub type Layouts = BTreeMap<String, Layout>;
 
 /// How a structure lies in memory.
@@ -25,7 +25,8 @@ pub type Layouts = BTreeMap<String, Layout>;
 pub struct Layout {
     /// Size in bytes.
     pub bytes: u64,
-    /// Members, those of structures without a name among them, in the order of the source.
+    /// Members, in the order of the source. Those of structures without a name are among them, by `member.inner` where the
+    /// member has a name.
     pub members: Vec<Member>,
 }
 
@@ -127,6 +128,8 @@ impl Sections<'_> {
 struct Structure {
     /// `None`: it has none, or is not of the whole file.
     name: Option<String>,
+    /// It has a name of its own.
+    is_named: bool,
     bytes: u64,
     members: Vec<RawMember>,
 }
@@ -157,6 +160,8 @@ struct Unit {
     open: Vec<(UnitOffset, isize)>,
     /// The array whose dimensions are read.
     array: Option<UnitOffset>,
+    /// Type definitions of the whole file: name, and what it names.
+    definitions: Vec<(String, UnitOffset)>,
 }
 
 impl Unit {
@@ -170,15 +175,18 @@ impl Unit {
             gimli::DW_TAG_structure_type => "struct",
             gimli::DW_TAG_union_type => "union",
             gimli::DW_TAG_member => return self.add_member(entry, strings),
+            gimli::DW_TAG_typedef => return self.add_definition(entry, strings),
             _ => return self.add_plain(entry),
         };
         let Some(bytes) = number(entry, gimli::DW_AT_byte_size) else {
             // A mere declaration.
             return;
         };
-        let name = text(entry, strings).filter(|_| entry.depth() == 1);
+        let name = text(entry, strings);
+        let of_file = name.as_ref().filter(|_| entry.depth() == 1);
         let structure = Structure {
-            name: name.map(|name| format!("{kind} {name}")),
+            is_named: name.is_some(),
+            name: of_file.map(|name| format!("{kind} {name}")),
             bytes,
             members: Vec::new(),
         };
@@ -206,10 +214,16 @@ impl Unit {
         });
     }
 
+    fn add_definition<'a>(&mut self, entry: &Entry<'a>, strings: &gimli::DebugStr<Reader<'a>>) {
+        let named = text(entry, strings).zip(of(entry));
+        self.definitions
+            .extend(named.filter(|_| entry.depth() == 1));
+        self.plain.insert(entry.offset(), Plain::Same(of(entry)));
+    }
+
     fn add_plain(&mut self, entry: &Entry<'_>) {
         let plain = match entry.tag() {
-            gimli::DW_TAG_typedef
-            | gimli::DW_TAG_const_type
+            gimli::DW_TAG_const_type
             | gimli::DW_TAG_volatile_type
             | gimli::DW_TAG_restrict_type
             | gimli::DW_TAG_atomic_type => Plain::Same(of(entry)),
@@ -275,16 +289,20 @@ impl Unit {
     }
 
     fn layouts(&self, into: &mut Layouts) {
-        for structure in self.structures.values() {
-            let Some(name) = &structure.name else {
-                continue;
-            };
+        let defined = self.definitions.iter().filter_map(|(name, of)| {
+            let structure = self.structures.get(of)?;
+            (!structure.is_named).then_some((name, structure))
+        });
+        let structures = self.structures.values();
+        let named = structures.filter_map(|it| Some((it.name.as_ref()?, it)));
+        for (name, structure) in named.chain(defined) {
             let mut layout = Layout {
                 bytes: structure.bytes,
                 members: Vec::new(),
             };
             let mut budget = MAX_MEMBERS;
-            self.flatten(structure, (0, 0), &mut budget, &mut layout.members);
+            let place = Place::default();
+            self.flatten(structure, &place, &mut budget, &mut layout.members);
             into.insert(name.clone(), layout);
         }
     }
@@ -292,7 +310,7 @@ impl Unit {
     fn flatten(
         &self,
         structure: &Structure,
-        (at_bit, depth): (u64, usize),
+        place: &Place,
         budget: &mut usize,
         into: &mut Vec<Member>,
     ) {
@@ -301,22 +319,41 @@ impl Unit {
             if *budget == 0 {
                 return;
             }
-            let at_bit = at_bit.wrapping_add(member.at_bit);
+            let at_bit = place.at_bit.wrapping_add(member.at_bit);
             let within = || self.structures.get(&self.bare(member.of?)?);
             let width = || self.width(member.of?)?.checked_mul(8);
-            match (&member.name, within()) {
-                (Some(name), _) => into.push(Member {
-                    name: name.clone(),
+            if let Some(name) = &member.name {
+                into.push(Member {
+                    name: format!("{}{name}", place.prefix),
                     at_bit,
                     bits: member.bits.or_else(width),
-                }),
-                (None, Some(within)) if depth < MAX_DEPTH => {
-                    self.flatten(within, (at_bit, depth + 1), budget, into);
-                }
-                (None, _) => {}
+                });
+            }
+            let within = within().filter(|it| !it.is_named && place.depth < MAX_DEPTH);
+            if let Some(within) = within {
+                let prefix = match &member.name {
+                    Some(name) => format!("{}{name}.", place.prefix),
+                    None => place.prefix.clone(),
+                };
+                let depth = place.depth + 1;
+                let place = Place {
+                    at_bit,
+                    depth,
+                    prefix,
+                };
+                self.flatten(within, &place, budget, into);
             }
         }
     }
+}
+
+/// Where a structure lies within another.
+#[derive(Default)]
+struct Place {
+    at_bit: u64,
+    depth: usize,
+    /// Before the names of its members.
+    prefix: String,
 }
 
 /// The type that an entry has or is made of.
