@@ -56,7 +56,7 @@ fn an_apply_killed_at_any_boundary_leaves_a_running_guest_and_a_true_story() {
         let bench = Bench::new();
         let text = bench.text();
         killed_at(at, |kill| {
-            drop(bench.apply_watched("a", Stacking::Upon, kill))
+            drop(bench.apply_watched("a", Stacking::Upon, kill));
         });
         assert!(bench.machine.is_running(), "{at:?}");
 
@@ -117,7 +117,7 @@ fn the_next_change_settles_what_was_interrupted_without_a_status_in_between() {
     for at in OF_APPLY {
         let bench = Bench::new();
         killed_at(at, |kill| {
-            drop(bench.apply_watched("a", Stacking::Upon, kill))
+            drop(bench.apply_watched("a", Stacking::Upon, kill));
         });
         if story(at).1 {
             bench.rollback("a").unwrap();
