@@ -188,13 +188,20 @@ impl Tree {
 
     /// Has unwind data made for the objects that new code is taken from.
     fn add_orc(&self, pairs: &mut [Pair]) -> Result<(), BuildError> {
-        let config = self.out.join(".config");
-        let config = fs::read_to_string(&config).at(&config)?;
-        let maker = Maker::of(&self.out, &config);
         for pair in pairs {
-            pair.orc = maker.make(pair.wide.as_ref().unwrap_or(&pair.new));
+            pair.orc = self.orc(pair.wide.as_ref().unwrap_or(&pair.new))?;
         }
         Ok(())
+    }
+
+    /// The unwind data of an object compiled here.
+    ///
+    /// # Errors
+    /// The configuration cannot be read.
+    pub fn orc(&self, object: &[u8]) -> Result<Orc, BuildError> {
+        let config = self.out.join(".config");
+        let config = fs::read_to_string(&config).at(&config)?;
+        Ok(Maker::of(&self.out, &config).make(object))
     }
 
     /// Compiles files as they stand, but for the header of static branches.

@@ -1,12 +1,12 @@
 //! Objects compiled from a guest's kernel source with the guest's own configuration: pairs to make a patch from, one source file
-//! before and after a fix, and whole files to find in the guest. Kept in the cache.
+//! before and after a fix, and whole files to find in the guest. What is new has unwind data. Kept in the cache.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use vmpatch_kbuild::tree::FLAGS;
-use vmpatch_kbuild::{Diff, Tree, headers};
+use vmpatch_kbuild::{Diff, Orc, Tree, headers};
 
 use crate::images::{self, Recipe};
 use crate::manifest::Manifest;
@@ -14,7 +14,7 @@ use crate::publish::Staging;
 use crate::{checksum, paths, progress};
 
 /// What the folders hold and how: another with each change of it.
-const LAYOUT: &[u8] = b"2";
+const LAYOUT: &[u8] = b"3";
 
 /// Folder with `old.o`, `new.o` and `object`, the name of what they are linked into.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ pub(crate) fn make(manifest: &Manifest, guest: &str, patch: &str) -> Result<Pair
         let home = pair.module.as_deref().unwrap_or("vmlinux");
         fs::write(into.join("object"), home)?;
         fs::write(into.join("old.o"), pair.old)?;
-        Ok(fs::write(into.join("new.o"), pair.new)?)
+        Ok(fs::write(into.join("new.o"), unwindable(tree, pair.new)?)?)
     })?;
     Ok(Pair { dir })
 }
@@ -64,6 +64,14 @@ fn with_headers(diff: &[u8]) -> Vec<u8> {
     input
 }
 
+/// The object, or a copy of it that has unwind data where the object has none and the kernel goes by it.
+fn unwindable(tree: &Tree, object: Vec<u8>) -> Result<Vec<u8>> {
+    Ok(match tree.orc(&object)? {
+        Orc::Copy(copy) => copy,
+        Orc::Within | Orc::Absent(_) => object,
+    })
+}
+
 /// Compiles these files as they are for this guest; the folder of each has the name of what it is linked into.
 pub(crate) fn whole(manifest: &Manifest, guest: &str, files: &[&str]) -> Result<Vec<PathBuf>> {
     let recipe = images::recipe(manifest, guest)?;
@@ -74,7 +82,7 @@ pub(crate) fn whole(manifest: &Manifest, guest: &str, files: &[&str]) -> Result<
         for (file, made) in files.iter().zip(tree.compile(&paths)?) {
             let home = into.join(made.module.as_deref().unwrap_or("vmlinux"));
             fs::create_dir_all(&home)?;
-            fs::write(home.join(name(file)), made.object)?;
+            fs::write(home.join(name(file)), unwindable(tree, made.object)?)?;
         }
         Ok(())
     })?;

@@ -181,6 +181,12 @@ impl Unwinder {
         self.frame_pointers
     }
 
+    /// What a table says of an instruction; `None` where none does.
+    #[must_use]
+    pub fn entry_at(&self, at: Gva) -> Option<Entry> {
+        self.tables.get(self.region(at)?.table?)?.find(at.0)
+    }
+
     /// How many ORC entries there are in all tables.
     #[must_use]
     pub fn orc_entries(&self) -> usize {

@@ -5,8 +5,9 @@ use super::reference::Target;
 use super::side::Side;
 use super::site::{self, Resolver};
 use super::table::SymbolTable;
+use super::unwind::{Tables, UnwindData};
 use crate::object::SectionId;
-use crate::patch::{Code, Part};
+use crate::patch::{Code, Part, Unwind};
 
 /// The code of a function of the old object.
 pub(super) fn code(old: &Side, symbols: &mut SymbolTable, function: usize) -> Code {
@@ -40,16 +41,23 @@ pub struct OldFunction {
     pub code: Code,
     /// Its split-off parts.
     pub parts: Vec<Part>,
+    /// How to unwind from it, if the object says so.
+    pub unwind: Vec<Unwind>,
 }
 
 /// Every function of the old object but split-off parts, which stand with their functions.
 pub(super) fn functions(old: &Side, symbols: &mut SymbolTable) -> Vec<OldFunction> {
+    let unwind = Tables::read(&old.object, UnwindData::Within).unwrap_or_default();
     let whole = (0..old.inventory.functions.len()).filter(|it| old.function(*it).parent.is_none());
     whole
         .map(|function| OldFunction {
             name: old.function(function).name.clone(),
             code: code(old, symbols, function),
             parts: parts(old, symbols, function),
+            unwind: {
+                let it = old.function(function);
+                unwind.of_function(it.section, it.start, it.end)
+            },
         })
         .collect()
 }
