@@ -29,7 +29,7 @@ Exit codes:
   0  done
   1  anything not foreseen
   2  the call makes no sense as given
-  3  refused, with the reason; nothing was written
+  3  refused, with the reason; nothing was written, but by callbacks of the patch that ran
   4  busy until the timeout: some task stood in the code to be replaced; nothing was written
   5  the VM cannot be reached
 
@@ -258,9 +258,19 @@ pub(crate) struct Change {
     /// Undo all other patches in the same stop: the patch takes the place of them all, also of one of its own name.
     #[arg(long)]
     pub(crate) replace: bool,
-    /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+}
+
+/// How long things may take.
+#[derive(Args, Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m; for each patch anew.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     pub(crate) timeout: Duration,
+    /// How long each callback of a patch may take, up to 10s: the guest stands still meanwhile.
+    #[arg(long, value_name = "TIME", default_value = "10ms", value_parser = parse_callback_limit)]
+    pub(crate) callback_limit: Duration,
 }
 
 /// `vmpatch apply`.
@@ -279,9 +289,8 @@ pub(crate) struct Reconcile {
     /// The VM.
     #[command(flatten)]
     pub(crate) vm: OneVm,
-    /// How long to retry each patch while a task stands in the code, such as 500ms, 10s or 2m.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub(crate) timeout: Duration,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
 }
 
 /// `vmpatch rollback`.
@@ -295,9 +304,11 @@ pub(crate) struct Rollback {
     /// Roll back the patches that lie upon it too, the uppermost first, each in a stop of its own.
     #[arg(long)]
     pub(crate) cascade: bool,
-    /// How long to retry while a task stands in the code, such as 500ms, 10s or 2m.
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
-    pub(crate) timeout: Duration,
+    /// Do not call the patch's callbacks `pre_rollback` and `post_rollback`. What its other callbacks did is not undone then.
+    #[arg(long)]
+    pub(crate) skip_callbacks: bool,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
 }
 
 /// The kernel itself, or a module by a name that it can have.
@@ -346,6 +357,16 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     };
     one.checked_mul(count)
         .ok_or_else(|| format!("`{text}` is more than can be counted"))
+}
+
+/// A duration for callbacks.
+fn parse_callback_limit(text: &str) -> Result<Duration, String> {
+    let limit = parse_duration(text)?;
+    let most = Duration::from_secs(10);
+    if limit.is_zero() || limit > most {
+        return Err("a callback may take more than nothing, and 10s at most".to_owned());
+    }
+    Ok(limit)
 }
 
 fn split_unit(text: &str) -> (&str, &str) {

@@ -8,15 +8,14 @@
 //! intent, with the edits reversed.
 
 use std::path::Path;
-use std::time::Duration;
 
 use vmpatch_introspect::modules::{Module, ModulePlace};
 use vmpatch_introspect::target::StopRequest;
 use vmpatch_patcher::apply::{
-    Attempt, Attempted, Boundary, Change, Failure as Unapplied, Observer, Rehearsed, Schedule,
-    rehearse,
+    Attempt, Attempted, Boundary, Caller, Change, Failure as Unapplied, Observer, Rehearsed,
+    Schedule, rehearse,
 };
-use vmpatch_patcher::arena::{Arena, PatchRecord};
+use vmpatch_patcher::arena::{Arena, CallbackRecord, PatchRecord};
 use vmpatch_patcher::journal::Intent;
 use vmpatch_patcher::link::Plan;
 use vmpatch_patcher::link::layers::Stacking;
@@ -27,6 +26,7 @@ use vmpatch_patcher::rollback;
 use vmpatch_patcher::status::Ledger;
 use vmpatch_patcher::verify::{FunctionReport, Verified, verify};
 
+use crate::cli::Limits;
 use crate::exit::Failure;
 use crate::held::Held;
 use crate::live::{Live, Tables};
@@ -37,6 +37,8 @@ pub(crate) struct Changed {
     pub(crate) record: PatchRecord,
     /// Patches that were undone for it.
     pub(crate) replaced: Vec<String>,
+    /// Callbacks that were called.
+    pub(crate) called: Vec<CallbackRecord>,
     /// What became of each function, where it was applied.
     pub(crate) functions: Vec<FunctionReport>,
     /// The stop that made it.
@@ -95,14 +97,15 @@ impl Candidate {
     pub(crate) fn check(
         self,
         stacking: Stacking,
-        timeout: Duration,
+        limits: Limits,
         watch: &dyn Observer,
     ) -> Result<Checked, Failure> {
         let (verified, _ledger) = self.fit(stacking, watch)?;
         let live = &self.live;
         let change = Change::apply(&verified, live.vm())?;
+        let change = calling(change, live, limits)?;
         let mut tables = Tables::load(live)?;
-        let attempted = Schedule::until(timeout).run(watch, || {
+        let attempted = Schedule::until(limits.timeout).run(watch, || {
             tables
                 .refresh(live, change.busy())
                 .map_err(NotQuiet::Unknown)?;
@@ -119,12 +122,13 @@ impl Candidate {
     pub(crate) fn apply(
         self,
         stacking: Stacking,
-        timeout: Duration,
+        limits: Limits,
         watch: &dyn Observer,
     ) -> Result<Changed, Failure> {
         let (verified, ledger) = self.fit(stacking, watch)?;
         let change = Change::apply(&verified, self.live.vm())?;
-        let changed = switch(ledger, change, &self.live, timeout, watch)?;
+        let change = calling(change, &self.live, limits)?;
+        let changed = switch(ledger, change, &self.live, limits, watch)?;
         Ok(Changed {
             functions: verified.functions,
             ..changed
@@ -163,17 +167,22 @@ pub(crate) fn cascade(id: &str, patch: &str, watch: &dyn Observer) -> Result<Vec
     Ok(rollback::cascade(&ledger, patch))
 }
 
-/// Takes a patch out of the running kernel.
+/// Takes a patch out of the running kernel, with its callbacks or without.
 pub(crate) fn roll_back(
     id: &str,
     patch: &str,
-    timeout: Duration,
+    skip_callbacks: bool,
+    limits: Limits,
     watch: &dyn Observer,
 ) -> Result<Changed, Failure> {
     let live = attach(id, watch)?;
     let ledger = ledger(&live, &live.places()?)?;
     let change = rollback::change(&ledger, patch)?;
-    switch(ledger, change, &live, timeout, watch)
+    let change = match skip_callbacks {
+        true => change.without_callbacks(),
+        false => calling(change, &live, limits)?,
+    };
+    switch(ledger, change, &live, limits, watch)
 }
 
 fn attach(id: &str, watch: &dyn Observer) -> Result<Live, Failure> {
@@ -188,22 +197,37 @@ fn ledger(live: &Live, places: &[ModulePlace]) -> Result<Ledger, Failure> {
     Ok(Ledger::open(&folder, live.vm(), live.boot(), loaded)?)
 }
 
+/// A change with what its callbacks need, if it has any.
+fn calling(change: Change, live: &Live, limits: Limits) -> Result<Change, Failure> {
+    if change.calls().iter().next().is_none() {
+        return Ok(change);
+    }
+    let caller = Caller::of(&live.kernel, live.vm(), limits.callback_limit)?;
+    Ok(change.calling(caller))
+}
+
 /// The one way to write to a guest: a durable intent, then attempts until the guest is quiet.
 fn switch(
     ledger: Ledger,
     change: Change,
     live: &Live,
-    timeout: Duration,
+    limits: Limits,
     watch: &dyn Observer,
 ) -> Result<Changed, Failure> {
     let (record, replaced) = (change.patch().clone(), change.replaced().to_vec());
+    let called = change.calls().iter().cloned().collect();
     let tables = Tables::load(live)?;
     let intent = ledger.begin(change, watch)?;
-    let attempted = attempt(&intent, live, tables, timeout);
+    let attempted = attempt(&intent, live, tables, limits);
+    let attempted = attempted.map_err(|mut failure| {
+        failure.name_place(|at| live.name(at));
+        failure
+    });
     let attempted = intent.conclude(live.vm(), attempted)?;
     Ok(Changed {
         record,
         replaced,
+        called,
         functions: Vec::new(),
         attempted,
     })
@@ -214,14 +238,16 @@ fn attempt(
     intent: &Intent<'_>,
     live: &Live,
     mut tables: Tables,
-    timeout: Duration,
+    limits: Limits,
 ) -> Result<Attempted, Unapplied> {
     let placed = intent.place(live.vm())?;
     let ranges = intent.change().busy();
-    Schedule::until(timeout).run(intent.observer(), || {
+    Schedule::until(limits.timeout).run(intent.observer(), || {
         tables.refresh(live, ranges).map_err(NotQuiet::Unknown)?;
-        let stopped = placed.stop(StopRequest::for_change())?;
+        let stopped = placed
+            .stop(StopRequest::for_change())
+            .map_err(Attempt::from)?;
         let quiet = stopped.check_stacks(&tables.witness(live))?;
-        Ok::<_, Attempt>(quiet.switch()?)
+        quiet.switch()
     })
 }

@@ -7,7 +7,7 @@ use vmpatch_introspect::modules::{Module, ModulePlace};
 use vmpatch_introspect::stacks::Sleepers;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
-use vmpatch_introspect::{AttachError, Deadline, GpaRange, Kernel, Roots, Target, Vcpu};
+use vmpatch_introspect::{AttachError, Deadline, GpaRange, Gva, Kernel, Roots, Target, Vcpu};
 use vmpatch_patcher::arena::Loaded;
 use vmpatch_patcher::quiescence::{self, BusyRanges, LiveKernel};
 use vmpatch_patcher::unwind;
@@ -106,6 +106,15 @@ impl Live {
     /// Which boot of the guest this is.
     pub(crate) fn boot(&self) -> &str {
         &self.kernel.identity.boot
+    }
+
+    /// An address in the kernel's own text, as function and offset.
+    pub(crate) fn name(&self, at: Gva) -> Option<String> {
+        let symbols = &self.kernel.symbols;
+        let text = self.kernel.layout.text.contains(at);
+        let (symbol, _) = symbols.containing(at).filter(|_| text)?;
+        let offset = at.0.wrapping_sub(symbol.at.0);
+        Some(format!("{}+{offset:#x}", symbol.name))
     }
 
     /// Loaded modules.

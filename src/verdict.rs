@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use serde_json::json;
 use vmpatch_introspect::AttachError;
 use vmpatch_introspect::target::{ResumeError, StopError};
-use vmpatch_patcher::apply::{ChangeError, Failure as Unapplied, FailureKind};
+use vmpatch_patcher::apply::{CallerError, ChangeError, Failure as Unapplied, FailureKind};
 use vmpatch_patcher::arena::ArenaError;
 use vmpatch_patcher::build::BuildError;
 use vmpatch_patcher::journal::JournalError;
@@ -117,9 +117,13 @@ impl From<Unapplied> for Failure {
                 reason,
                 details: json!({ "attempts": attempts, "busy": busy }),
             },
+            (FailureKind::Busy, _) => Self::Busy {
+                reason,
+                details: json!({}),
+            },
             (FailureKind::Refused, _) => Self::refused(reason),
             (FailureKind::Unreachable, _) => Self::Unreachable(reason),
-            (FailureKind::Busy | FailureKind::Other, error) => Self::Other(error.into()),
+            (FailureKind::Other, error) => Self::Other(error.into()),
         }
     }
 }
@@ -195,5 +199,6 @@ refused!(
     LayerError,
     RollbackError,
     ChangeError,
+    CallerError,
     ArenaError,
 );

@@ -54,11 +54,15 @@ pub struct Call {
     pub tss: Gva,
     /// Code that must not be reached: a breakpoint (#DB, vector 1) stands there.
     pub forbidden: Gva,
+    /// Four bytes that belong to the state of the CPU as its registers do, and are put back with them where the function did
+    /// not return: how deep preemption is switched off.
+    pub preempt_count: Option<Gpa>,
     /// How long it may take.
     pub budget: Duration,
 }
 
-/// What came of a call. The registers of the vCPU are as before in every case; what the function wrote to memory stays.
+/// What came of a call. The registers of the vCPU are as before in every case; what the function wrote to memory stays, but for
+/// [`Call::preempt_count`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Called {
     /// It returned this (RAX).
@@ -153,6 +157,7 @@ mod tests {
         gdt: Gva(0),
         tss: Gva(0),
         forbidden: Gva(0),
+        preempt_count: None,
         budget: Duration::ZERO,
     };
 

@@ -11,10 +11,16 @@ use crate::publish;
 pub const INCLUDED: &str = "#include <vmpatch/";
 
 /// Names by which they are included, and their texts.
-pub const HEADERS: [(&str, &str); 1] = [(
-    "vmpatch/shadow.h",
-    include_str!("../../include/vmpatch/shadow.h"),
-)];
+pub const HEADERS: [(&str, &str); 2] = [
+    (
+        "vmpatch/callbacks.h",
+        include_str!("../../include/vmpatch/callbacks.h"),
+    ),
+    (
+        "vmpatch/shadow.h",
+        include_str!("../../include/vmpatch/shadow.h"),
+    ),
+];
 
 /// Makes a folder hold them; those of another version that are there are replaced.
 pub(crate) fn write(folder: &Path) -> Result<(), BuildError> {

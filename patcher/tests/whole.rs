@@ -12,7 +12,7 @@ use vmpatch_introspect::modules::ModulePlace;
 use vmpatch_introspect::target::StopRequest;
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{Deadline, Dump, Kernel, PhysicalMemory, Target};
-use vmpatch_patcher::apply::{Attempt, Attempted, Change, Failure, Schedule, Unobserved};
+use vmpatch_patcher::apply::{Attempted, Change, Failure, Schedule, Unobserved};
 use vmpatch_patcher::arena::{Arena, Loaded, Manifest};
 use vmpatch_patcher::link::layers::{Layers, Stacking};
 use vmpatch_patcher::link::{self, Live, Plan};
@@ -132,7 +132,7 @@ impl Vm {
         let attempted = Schedule::until(Duration::ZERO).run(&Unobserved, || {
             let stopped = placed.stop(StopRequest::default())?;
             let quiet = stopped.check_stacks(&witness)?;
-            Ok::<_, Attempt>(quiet.switch()?)
+            quiet.switch()
         });
         intent.conclude(&self.machine, attempted)
     }

@@ -1,6 +1,7 @@
 //! Tables for people: left-aligned columns, no borders, as `ps` prints them.
 
 use comfy_table::{ContentArrangement, Table, TableStyle};
+use vmpatch_patcher::arena::CallbackRecord;
 
 /// A table of `rows` under `head`.
 pub(crate) fn table<R, C>(head: &[&str], rows: R) -> String
@@ -35,6 +36,13 @@ pub(crate) fn pairs(rows: &[(&str, String)]) -> String {
         .map(|(name, value)| format!("{name:width$}  {value}"))
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// Callbacks in one line.
+pub(crate) fn callbacks(callbacks: &[CallbackRecord]) -> String {
+    let named = |it: &CallbackRecord| format!("{} ({})", it.kind, it.function);
+    let all: Vec<_> = callbacks.iter().map(named).collect();
+    all.join(", ")
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use vmpatch_introspect::target::StopReport;
 use vmpatch_introspect::{Gva, GvaRange};
-use vmpatch_patcher::arena::{PatchRecord, SiteRole};
+use vmpatch_patcher::arena::{CallbackRecord, PatchRecord, SiteRole};
 use vmpatch_patcher::link::layers::Stacking;
 use vmpatch_patcher::patch;
 use vmpatch_patcher::quiescence::Examined;
@@ -34,6 +34,9 @@ struct Answer {
     /// Patches that waited for a module, and no longer do.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     withdrawn: Vec<String>,
+    /// Callbacks: of a check all that the patch has, else those that were called.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    callbacks: Vec<CallbackRecord>,
     attempts: u32,
     stop_window_us: f64,
     stop_us: StopTimes,
@@ -99,7 +102,7 @@ fn microseconds(time: Duration) -> f64 {
 pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
     let watch = Watch::new(output.progress("checking"))?;
     let candidate = flow::meet(&asked.vm.vm, &asked.patch, &watch)?;
-    let checked = candidate.check(stacking(asked), asked.timeout, &watch)?;
+    let checked = candidate.check(stacking(asked), asked.limits, &watch)?;
     let (attempts, seen) = (checked.attempted.attempts, checked.attempted.applied);
     let stop = Stop {
         attempts,
@@ -110,6 +113,7 @@ pub(crate) fn check(asked: &Change, output: &Output) -> Result<(), Failure> {
     let undone = verified.switch.undone.iter();
     let answer = Answer {
         replaced: undone.map(|it| it.record.name.clone()).collect(),
+        callbacks: verified.record.callbacks.clone(),
         ..answer(
             "checked",
             &asked.vm.vm,
@@ -142,7 +146,7 @@ pub(crate) fn apply(asked: &Apply, output: &Output) -> Result<(), Failure> {
         watch.finish();
         return hold(&candidate, &asked.vm.vm, absent, output);
     }
-    let changed = candidate.apply(stacking(asked), asked.timeout, &watch)?;
+    let changed = candidate.apply(stacking(asked), asked.limits, &watch)?;
     let withdrawn = match asked.replace {
         true => withdraw_all(&asked.vm.vm, output)?,
         false => Vec::new(),
@@ -243,7 +247,7 @@ pub(crate) fn roll_back(asked: &Rollback, output: &Output) -> Result<(), Failure
     let cascaded = above(asked, output)?;
     for upper in &cascaded {
         let watch = Watch::new(output.progress(&format!("rolling back {upper}")))?;
-        flow::roll_back(vm, upper, asked.timeout, &watch)?;
+        flow::roll_back(vm, upper, asked.skip_callbacks, asked.limits, &watch)?;
         watch.finish();
         output.note(&format!(
             "patch {upper} rolled back, which lay upon {}",
@@ -251,7 +255,7 @@ pub(crate) fn roll_back(asked: &Rollback, output: &Output) -> Result<(), Failure
         ));
     }
     let watch = Watch::new(output.progress("rolling back"))?;
-    let changed = flow::roll_back(vm, &asked.patch, asked.timeout, &watch)?;
+    let changed = flow::roll_back(vm, &asked.patch, asked.skip_callbacks, asked.limits, &watch)?;
     let aside = Aside {
         cascaded,
         ..Aside::default()
@@ -284,6 +288,7 @@ fn report(
         cascaded: aside.cascaded,
         withdrawn: aside.withdrawn,
         replaced: changed.replaced.clone(),
+        callbacks: changed.called.clone(),
         ..answer(
             result,
             vm,
@@ -327,6 +332,7 @@ fn answer(
         cascaded: Vec::new(),
         replaced: Vec::new(),
         withdrawn: Vec::new(),
+        callbacks: Vec::new(),
         attempts: stop.attempts,
         stop_window_us: microseconds(stop.report.window),
         stop_us: stop.report.into(),
@@ -388,6 +394,14 @@ fn text(answer: &Answer) -> String {
         if !others.is_empty() {
             pairs.push((title, others.join(", ")));
         }
+    }
+    if !answer.callbacks.is_empty() {
+        let title = if answer.result == "checked" {
+            "has callbacks"
+        } else {
+            "called"
+        };
+        pairs.push((title, table::callbacks(&answer.callbacks)));
     }
     table::pairs(&pairs)
 }

@@ -54,7 +54,7 @@ pub(crate) fn run(asked: &Reconcile, output: &Output) -> Result<(), Failure> {
             answer.pending.push(Pending { patch, absent });
             continue;
         }
-        let applied = candidate.apply(Stacking::Upon, asked.timeout, &watch);
+        let applied = candidate.apply(Stacking::Upon, asked.limits, &watch);
         watch.finish();
         match applied {
             Ok(_) => {

@@ -48,6 +48,11 @@ fn text(answer: &Answer) -> String {
         let head = ["patch", "state", "functions", "digest"];
         parts.push(table::table(&head, report.patches.iter().map(row)));
     }
+    let calling = report.patches.iter().filter(|it| !it.callbacks.is_empty());
+    parts.extend(calling.map(|patch| {
+        let callbacks = table::callbacks(&patch.callbacks);
+        format!("patch {} has callbacks: {callbacks}", patch.name)
+    }));
     parts.extend(answer.pending.iter().map(pending));
     parts.extend(report.interrupted.iter().map(interrupted));
     parts.extend(report.patches.iter().flat_map(damage));

@@ -32,6 +32,8 @@ const COUNTING: [u8; 13] = [
     0x48, 0xff, 0xc3, 0x48, 0x89, 0x1c, 0x25, 0x00, 0x10, 0x03, 0x00, 0xeb, 0xf3,
 ];
 const COUNT: Gpa = Gpa(0x31000);
+/// The guest's count of preemption switched off.
+const COUNT_WORD: Gpa = Gpa(0x32000);
 
 /// A guest that counts in 64-bit code, with everything for a call of `function` in its memory.
 fn served(code: &[u8], function: &[u8]) -> Option<Served> {
@@ -78,6 +80,7 @@ fn call(budget_ms: u64) -> Call {
         gdt: Gva(GDT),
         tss: Gva(TSS),
         forbidden: Gva(FUNCTION + 0x100),
+        preempt_count: Some(COUNT_WORD),
         budget: Duration::from_millis(budget_ms),
     }
 }
@@ -168,6 +171,18 @@ fn a_trap_is_told_with_its_vector_and_frame() {
     assert_eq!(frame, Gva(FAULT_STACK - 40));
     let rip = served.machine.memory().read_u64(Gpa(frame.0)).unwrap();
     assert_eq!(rip, FUNCTION + 1);
+}
+
+#[test]
+fn the_count_of_preemption_is_put_back_where_a_function_does_not_return() {
+    // inc dword [0x32000]; and then: ret, or jump to self, or ud2
+    for (end, kept) in [(&[0xc3][..], 1), (&[0xeb, 0xfe], 0), (&[0x0f, 0x0b], 0)] {
+        let function = [&[0xff, 0x04, 0x25, 0x00, 0x20, 0x03, 0x00], end].concat();
+        let Some((_, served)) = called(&function, call(50)) else {
+            return;
+        };
+        assert_eq!(served.machine.memory().read_u64(COUNT_WORD).unwrap(), kept);
+    }
 }
 
 #[test]

@@ -2,11 +2,15 @@
 //! into the arena before. Apply and rollback are both one of these, so there is one way to write. Owns the
 //! derivation of both; writes nothing.
 
+use std::time::Duration;
+
 use vmpatch_introspect::target::{Edit, MemoryError, Target};
 use vmpatch_introspect::{Gpa, PhysicalMemory};
 
-use crate::arena::{MapEdits, ModuleClaim, PatchRecord, SiteRecord};
+use super::callback::Caller;
+use crate::arena::{CallbackRecord, MapEdits, ModuleClaim, PatchRecord, SiteRecord};
 use crate::journal::record::{ArenaEdit, Operation};
+use crate::patch::CallbackKind;
 use crate::quiescence::BusyRanges;
 use crate::verify::Verified;
 
@@ -25,6 +29,18 @@ pub struct Change {
     edits: Vec<Edit>,
     arena: Vec<ArenaEdit>,
     busy: BusyRanges,
+    calls: Calls,
+}
+
+/// What is called in the stop.
+#[derive(Clone, Debug, Default)]
+pub struct Calls {
+    /// Before the edits.
+    pub before: Option<CallbackRecord>,
+    /// After them.
+    pub after: Option<CallbackRecord>,
+    /// What calls need to know of the guest.
+    pub caller: Option<Caller>,
 }
 
 /// Why no change can be made of it.
@@ -67,6 +83,7 @@ impl Change {
             .collect::<Result<_, _>>()?;
         Self {
             operation: Operation::Apply,
+            calls: Calls::of(&verified.record, Operation::Apply),
             boot: verified.boot.clone(),
             busy: BusyRanges::new(verified.busy(), verified.places())
                 .in_modules(verified.modules().cloned()),
@@ -108,6 +125,7 @@ impl Change {
         edits.extend(hooks.map(Edit::reversed));
         Self {
             operation: Operation::Rollback,
+            calls: Calls::of(patch, Operation::Rollback),
             boot: boot.to_owned(),
             busy: BusyRanges::new(patch.busy_for_rollback(), &places).in_modules(modules),
             map: Vec::new(),
@@ -117,6 +135,26 @@ impl Change {
             arena: Vec::new(),
         }
         .checked()
+    }
+
+    /// The same, with what its callbacks need.
+    #[must_use]
+    pub fn calling(mut self, caller: Caller) -> Self {
+        self.calls.caller = Some(caller);
+        self
+    }
+
+    /// The same without its callbacks.
+    #[must_use]
+    pub fn without_callbacks(mut self) -> Self {
+        self.calls = Calls::default();
+        self
+    }
+
+    /// What is called in the stop.
+    #[must_use]
+    pub const fn calls(&self) -> &Calls {
+        &self.calls
     }
 
     /// Which way it goes.
@@ -189,6 +227,35 @@ impl Change {
             return Err(ChangeError::Malformed { at: edit.at, what });
         }
         Ok(self)
+    }
+}
+
+impl Calls {
+    /// What a patch wants called. Of patches that it replaces nothing is called: it is for the newer patch to know what the
+    /// older ones left, as with livepatch (Linux v6.12 Documentation/livepatch/cumulative-patches.rst).
+    fn of(patch: &PatchRecord, operation: Operation) -> Self {
+        let (before, after) = match operation {
+            Operation::Apply => (CallbackKind::PreApply, CallbackKind::PostApply),
+            Operation::Rollback => (CallbackKind::PreRollback, CallbackKind::PostRollback),
+        };
+        Self {
+            before: patch.callback(before).cloned(),
+            after: patch.callback(after).cloned(),
+            caller: None,
+        }
+    }
+
+    /// The callbacks, in the order in which they are called.
+    pub fn iter(&self) -> impl Iterator<Item = &CallbackRecord> {
+        self.before.iter().chain(&self.after)
+    }
+
+    /// How much longer than others the stop may last for them.
+    #[must_use]
+    pub fn time(&self) -> Duration {
+        let budget = self.caller.as_ref().map(|caller| caller.budget);
+        let count = self.iter().count();
+        budget.unwrap_or_default().saturating_mul(count as u32)
     }
 }
 

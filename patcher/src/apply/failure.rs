@@ -1,9 +1,10 @@
 //! Why a change was not made, and what that says of the guest. Owns the verdicts that the command line turns
 //! into exit codes; each phase owns its own error.
 
-use vmpatch_introspect::AttachError;
 use vmpatch_introspect::target::{ArenaError, ResumeError, StopError, SwitchError, WriteError};
+use vmpatch_introspect::{AttachError, CallError, Gva};
 
+use super::callback::{CallbackError, Named};
 use super::change::ChangeError;
 use super::place::PlaceError;
 use crate::journal::{JournalError, LockError};
@@ -44,6 +45,18 @@ pub enum Failure {
     /// The guest was not resumed as asked.
     #[error(transparent)]
     Resume(#[from] ResumeError),
+    /// A callback was not called, or failed.
+    #[error(transparent)]
+    Callback(#[from] CallbackError),
+    /// It failed when a callback had run.
+    #[error("{why}; {callback} had been called by then, and what it wrote stays")]
+    AfterCallback {
+        /// The callback.
+        callback: Named,
+        /// The failure.
+        #[source]
+        why: Box<Failure>,
+    },
 }
 
 /// What a failure means to whoever asked.
@@ -62,12 +75,21 @@ pub enum FailureKind {
 impl Failure {
     /// What it means to whoever asked.
     #[must_use]
-    pub const fn kind(&self) -> FailureKind {
+    pub fn kind(&self) -> FailureKind {
         match self {
+            Self::AfterCallback { why, .. } => why.kind(),
+            Self::Callback(CallbackError::NoVcpu { .. }) => FailureKind::Busy,
+            Self::Callback(CallbackError::Machine(CallError::Unreachable(_))) => {
+                FailureKind::Unreachable
+            }
+            Self::Callback(CallbackError::Machine(CallError::NotRestored { .. })) => {
+                FailureKind::Other
+            }
             Self::Busy { .. } => FailureKind::Busy,
             Self::OtherBoot
             | Self::Unknown(_)
             | Self::Change(_)
+            | Self::Callback(_)
             | Self::Place(
                 PlaceError::Changed { .. } | PlaceError::Write(ArenaError::Unsupported(_)),
             )
@@ -88,12 +110,42 @@ impl Failure {
 
     /// Whether the guest is certain to run as before. Where not, the intent must stay open.
     #[must_use]
-    pub const fn guest_unchanged(&self) -> bool {
+    pub fn guest_unchanged(&self) -> bool {
+        if let Self::AfterCallback { why, .. } = self {
+            return why.guest_unchanged();
+        }
         !matches!(
             self,
-            Self::Write(WriteError::UndoFailed { .. } | WriteError::Unreachable(_))
+            Self::Callback(CallbackError::Machine(
+                CallError::NotRestored { .. } | CallError::Unreachable(_)
+            )) | Self::Write(WriteError::UndoFailed { .. } | WriteError::Unreachable(_))
                 | Self::Resume(ResumeError::Unreachable(_))
         )
+    }
+}
+
+impl Failure {
+    /// Names the place in the kernel where a callback failed, if it is not one of the patch's.
+    pub fn name_place(&mut self, name: impl Fn(Gva) -> Option<String>) {
+        match self {
+            Self::Callback(why) => why.name_place(name),
+            Self::AfterCallback { why, .. } => {
+                if let Self::Callback(why) = &mut **why {
+                    why.name_place(name);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a callback has run, so that something in the guest may know of the patch's code and data.
+    #[must_use]
+    pub const fn callback_has_run(&self) -> bool {
+        match self {
+            Self::Callback(why) => why.has_run(),
+            Self::AfterCallback { .. } => true,
+            _ => false,
+        }
     }
 }
 
@@ -112,6 +164,18 @@ pub enum Attempt {
     /// The guest was not resumed as asked.
     #[error(transparent)]
     Resume(#[from] ResumeError),
+    /// A callback was not called, or failed.
+    #[error(transparent)]
+    Callback(#[from] CallbackError),
+    /// It failed when a callback had run: there is no other attempt, for it would run once more.
+    #[error("{why}")]
+    AfterCallback {
+        /// The callback.
+        callback: Named,
+        /// What failed.
+        #[source]
+        why: Box<Attempt>,
+    },
 }
 
 impl From<SwitchError> for Attempt {
@@ -133,6 +197,9 @@ impl Attempt {
                 | Self::Stop(StopError::Deadline { .. })
                 | Self::Write(WriteError::LeaseExpired)
                 | Self::Resume(ResumeError::LeaseExpired)
+                | Self::Callback(
+                    CallbackError::NoVcpu { .. } | CallbackError::Machine(CallError::LeaseExpired)
+                )
         )
     }
 
@@ -155,6 +222,11 @@ impl Attempt {
             Self::Stop(why) => Failure::Stop(why),
             Self::Write(why) => Failure::Write(why),
             Self::Resume(why) => Failure::Resume(why),
+            Self::Callback(why) => Failure::Callback(why),
+            Self::AfterCallback { callback, why } => {
+                let why = Box::new(why.after(attempts));
+                Failure::AfterCallback { callback, why }
+            }
         }
     }
 }

@@ -70,6 +70,7 @@
 //! }
 //! ```
 
+pub mod callback;
 pub mod change;
 pub mod failure;
 pub mod observer;
@@ -77,16 +78,18 @@ pub mod place;
 pub mod rehearse;
 pub mod retry;
 
-use vmpatch_introspect::target::{StopReport, SwitchError};
+use vmpatch_introspect::target::{Edit, StopReport};
 use vmpatch_introspect::{Deadline, StoppedTarget};
 
-pub use change::{Change, ChangeError};
+pub use callback::{CallbackError, Caller, CallerError};
+pub use change::{Calls, Change, ChangeError};
 pub use failure::{Attempt, Failure, FailureKind};
 pub use observer::{Boundary, Observer, Setback, Timings, Unobserved};
 pub use place::{PlaceError, Placed};
 pub use rehearse::{Rehearsed, rehearse};
 pub use retry::Schedule;
 
+use crate::arena::CallbackRecord;
 use crate::quiescence::{self, Examined, NotQuiet, Witness};
 
 /// Every vCPU is out of guest mode. Nothing is known of their stacks yet.
@@ -153,11 +156,16 @@ impl<'a> Stopped<'a> {
 impl Quiet<'_> {
     /// Compares, writes and reads back the batch, all or nothing, and lets the guest run with it.
     ///
+    /// Callbacks are called before and after the edits, when the arena is mapped.
+    ///
     /// # Errors
-    /// [`SwitchError`]: of a write that failed, the guest runs on unchanged, but for
+    /// [`Attempt`]: of a write that failed, the guest runs on unchanged, but for
     /// [`UndoFailed`](vmpatch_introspect::target::WriteError::UndoFailed); of a resume that did, it says whether the
-    /// writes were kept.
-    pub fn switch(self) -> Result<Applied, SwitchError> {
+    /// writes were kept; of a callback that failed, the kernel's text is as before.
+    pub fn switch(self) -> Result<Applied, Attempt> {
+        if self.change.calls().iter().next().is_some() {
+            return self.switch_with_calls();
+        }
         let Self {
             target,
             change,
@@ -167,5 +175,71 @@ impl Quiet<'_> {
         let report = target.switch(&change.batch())?;
         observer.boundary(Boundary::Resumed);
         Ok(Applied { report, examined })
+    }
+
+    fn switch_with_calls(self) -> Result<Applied, Attempt> {
+        let Self {
+            mut target,
+            change,
+            observer,
+            examined,
+        } = self;
+        let calls = change.calls();
+        let call = |target: &mut dyn StoppedTarget, callback: &CallbackRecord| {
+            let caller = calls.caller.as_ref();
+            let caller = caller.ok_or_else(|| CallbackError::unprepared(callback))?;
+            caller.call(target, change.patch(), callback)
+        };
+        target.write(change.map())?;
+        if let Some(before) = &calls.before
+            && let Err(why) = call(&mut *target, before)
+        {
+            return Err(take_back(target, &[], why));
+        }
+        let after_callback = |why: Attempt| match &calls.before {
+            Some(before) => Attempt::AfterCallback {
+                callback: before.into(),
+                why: Box::new(why),
+            },
+            None => why,
+        };
+        let written = target.write(change.edits());
+        written.map_err(|why| after_callback(why.into()))?;
+        if let Some(after) = &calls.after
+            && let Err(why) = call(&mut *target, after)
+        {
+            return Err(after_callback(take_back(target, change.edits(), why)));
+        }
+        // The last one that ran, for what may still fail.
+        let report = target.resume().map_err(|why| match &calls.after {
+            Some(after) => Attempt::AfterCallback {
+                callback: after.into(),
+                why: Box::new(why.into()),
+            },
+            None => after_callback(why.into()),
+        })?;
+        observer.boundary(Boundary::Resumed);
+        Ok(Applied { report, examined })
+    }
+}
+
+/// Ends a stop in which a callback failed: the edits are taken back. If some of it was executed the arena stays mapped, for the
+/// callback may have left something in the guest that points there.
+fn take_back(
+    mut target: Box<dyn StoppedTarget + '_>,
+    written: &[Edit],
+    why: CallbackError,
+) -> Attempt {
+    if !why.has_run() || matches!(why, CallbackError::Machine(_)) {
+        // Dropping it undoes everything.
+        return why.into();
+    }
+    let reversed: Vec<_> = written.iter().rev().map(Edit::reversed).collect();
+    if let Err(why) = target.write(&reversed) {
+        return why.into();
+    }
+    match target.resume() {
+        // With or without the arena mapped, the text is as before.
+        Ok(_) | Err(_) => why.into(),
     }
 }

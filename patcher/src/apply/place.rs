@@ -60,13 +60,16 @@ impl<'a> Placed<'a> {
     /// # Errors
     /// [`StopError`]; the guest runs on.
     pub fn stop(&self, request: StopRequest) -> Result<Stopped<'_>, StopError> {
-        let target = self.vm.stop(request)?;
-        let deadline = Deadline::within(request.examination());
+        let change = self.intent.change();
+        let looking = request.examination();
+        let lease = request.lease.saturating_add(change.calls().time());
+        let target = self.vm.stop(StopRequest { lease, ..request })?;
+        let deadline = Deadline::within(looking);
         let observer = self.intent.observer();
         observer.boundary(Boundary::Stopped);
         Ok(Stopped {
             target,
-            change: self.intent.change(),
+            change,
             observer,
             deadline,
         })

@@ -4,6 +4,7 @@
 use vmpatch_introspect::target::{Edit, MemoryError, StopReport, StopRequest, WriteError};
 use vmpatch_introspect::{Deadline, PhysicalMemory, Target};
 
+use super::callback::CallbackError;
 use super::change::Change;
 use super::failure::Attempt;
 use crate::quiescence::{self, Examined, Witness};
@@ -18,7 +19,7 @@ pub struct Rehearsed {
 }
 
 /// Stops the guest, goes through every gate of `change`, compares what it would write over, and lets the
-/// guest run on. Writes nothing.
+/// guest run on. Writes nothing and calls nothing.
 ///
 /// # Errors
 /// [`Attempt`], as an attempt to make the change would give it.
@@ -34,6 +35,12 @@ pub fn rehearse(
     let examined = quiescence::examine(witness, memory, vcpus, change.busy(), &deadline)?;
     for edit in change.map().iter().chain(change.edits()) {
         holds_old(stopped.memory(), edit)?;
+    }
+    if let Some(callback) = change.calls().iter().next() {
+        let caller = change.calls().caller.as_ref();
+        caller
+            .ok_or_else(|| CallbackError::unprepared(callback))?
+            .is_ready(stopped.vcpus(), callback)?;
     }
     let report = stopped.resume()?;
     Ok(Rehearsed { report, examined })

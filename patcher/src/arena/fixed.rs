@@ -7,6 +7,7 @@
 //!   page 1   directory of bug tables                     r--
 //!   page 2   directory of exception tables               r--
 //!   page 3   root of all shadow data                     rw-
+//!   4 to 11  the stage of a call (super::stage)
 //! ```
 //!
 //! A directory has a word for each page of the window: the address of the table of the patch whose text lies on
@@ -19,13 +20,13 @@ use serde::{Deserialize, Serialize};
 use vmpatch_introspect::address::PAGE_SIZE;
 use vmpatch_introspect::{Gpa, GpaRange, Gva};
 
-use super::ArenaWrite;
 use super::manifest::Extent;
 use super::window::{WINDOW_PAGES, page_address, page_frame};
+use super::{ArenaWrite, stage};
 use crate::patch::SectionKind;
 
 /// How many pages are fixed.
-pub const FIXED_PAGES: u32 = 4;
+pub const FIXED_PAGES: u32 = stage::END_PAGE;
 /// Most bytes of a stub.
 pub const STUB: usize = 256;
 /// Bytes of an entry of either table, and of the zeroes at its end.
@@ -90,7 +91,7 @@ pub struct Fixtures {
 
 /// The fixed pages as extents, so that they are mapped like all others.
 #[must_use]
-pub const fn extents() -> [Extent; 3] {
+pub const fn extents() -> [Extent; 7] {
     let text = Extent {
         page: STUBS,
         pages: 1,
@@ -106,7 +107,8 @@ pub const fn extents() -> [Extent; 3] {
         pages: 1,
         kind: SectionKind::Data,
     };
-    [text, directories, root]
+    let [gates, idt, tables, stack] = stage::EXTENTS;
+    [text, directories, root, gates, idt, tables, stack]
 }
 
 /// Where the slot holds a stub.
@@ -146,6 +148,7 @@ pub fn writes(
         at: page_frame(slot, ROOT),
         bytes: vec![0; PAGE_SIZE as usize],
     });
+    pages.extend(stage::writes(slot));
     pages
 }
 
@@ -216,10 +219,11 @@ mod tests {
     }
 
     #[test]
-    fn before_the_window_is_mapped_every_fixed_page_is_written_whole() {
+    fn before_the_window_is_mapped_stubs_and_directories_are_written_whole_and_the_stage_is_set() {
         let written = writes(SLOT, false, &text(5, 2), &fixtures());
-        assert_eq!(written.len(), FIXED_PAGES as usize);
-        for (page, write) in (0..).zip(&written) {
+        let (whole, staged) = written.split_at(4);
+        assert_eq!(staged, stage::writes(SLOT));
+        for (page, write) in (0..).zip(whole) {
             assert_eq!(write.at, page_frame(SLOT, page));
             assert_eq!(write.bytes.len(), 4096);
         }
@@ -240,7 +244,7 @@ mod tests {
     #[test]
     fn the_root_of_shadow_data_is_zeroed_for_a_new_boot_and_writable() {
         let written = writes(SLOT, false, &text(5, 2), &fixtures());
-        let root = written.last().unwrap();
+        let root = &written[3];
         assert_eq!(root.bytes, [0; 4096]);
         let extent = extents()[2];
         assert_eq!(root.at, page_frame(SLOT, extent.page));

@@ -10,8 +10,8 @@ use vmpatch_introspect::{Gpa, Gva, GvaRange, PhysicalMemory};
 use super::claim::ModuleClaim;
 use super::fixed::FIXED_PAGES;
 use super::window::{WINDOW_PAGES, page_address};
-use crate::patch::SectionKind;
 use crate::patch::check::{MAX_SYMBOL_NAME, patch_name};
+use crate::patch::{CallbackKind, SectionKind};
 use crate::unwind::Rows;
 
 /// All that one boot of one guest has in its arena.
@@ -47,6 +47,19 @@ pub struct PatchRecord {
     pub hooks: Vec<SiteRecord>,
     /// How to unwind from its code, among its constants; `None` where that is not known.
     pub unwind: Option<Rows>,
+    /// Functions of it that are called when it is applied or rolled back, at most one of a kind.
+    pub callbacks: Vec<CallbackRecord>,
+}
+
+/// A function of a patch that is called within the stop.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallbackRecord {
+    /// When.
+    pub kind: CallbackKind,
+    /// Its name.
+    pub function: String,
+    /// Its entry.
+    pub at: Gva,
 }
 
 /// A run of whole pages of the window, mapped alike.
@@ -175,10 +188,12 @@ impl PatchRecord {
             FIXED_PAGES <= extent.page && end.is_some_and(|end| end <= next_page)
         });
         let mut places = self.places();
+        let mut callbacks = self.callbacks.iter();
         extents
             && self.unwind.is_none_or(|rows| self.has_constants(rows))
             && self.names_are_ours()
             && places.all(SiteRecord::check)
+            && callbacks.all(|it| self.has_text_at(it.at))
     }
 
     /// Whether rows lie among its constants.
@@ -194,6 +209,23 @@ impl PatchRecord {
         })
     }
 
+    /// Whether an address lies in text that it brings.
+    fn has_text_at(&self, at: Gva) -> bool {
+        let text = self
+            .extents
+            .iter()
+            .filter(|it| it.kind == SectionKind::Text);
+        let offset = at.0.wrapping_sub(page_address(0).0) / PAGE_SIZE;
+        text.map(|it| u64::from(it.page)..u64::from(it.page) + u64::from(it.pages))
+            .any(|pages| pages.contains(&offset))
+    }
+
+    /// The function of it that is called so.
+    #[must_use]
+    pub fn callback(&self, kind: CallbackKind) -> Option<&CallbackRecord> {
+        self.callbacks.iter().find(|it| it.kind == kind)
+    }
+
     /// Names reach terminals and file names: none may be empty, endless or of other characters than a patch file
     /// can bring there. A digest has no more kinds of characters than a name.
     fn names_are_ours(&self) -> bool {
@@ -201,11 +233,13 @@ impl PatchRecord {
         let of_sites = self.places().map(|site| &site.function);
         let of_busy = self.busy.iter().map(|busy| &busy.function);
         let of_modules = self.modules.iter().map(|module| &module.name);
+        let of_callbacks = self.callbacks.iter().map(|it| &it.function);
         plain(&self.name)
             && plain(&self.digest)
             && of_sites
                 .chain(of_busy)
                 .chain(of_modules)
+                .chain(of_callbacks)
                 .all(|name| function_name(name))
     }
 }
@@ -333,5 +367,29 @@ mod tests {
                 "{name:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_callback_outside_of_the_patchs_own_text_is_not_believed() {
+        let page = FIXED_PAGES;
+        let with = |kind, at| {
+            let mut manifest = Manifest::fresh("boot", 1);
+            let mut patch = record("fix");
+            let pages = 1;
+            patch.extents = vec![Extent { page, pages, kind }];
+            patch.callbacks = vec![CallbackRecord {
+                kind: CallbackKind::PreApply,
+                function: "f".into(),
+                at,
+            }];
+            manifest.next_page = page + 1;
+            manifest.patches.push(patch);
+            manifest.check()
+        };
+        let first = page_address(page);
+        assert!(with(SectionKind::Text, first.wrapping_add(0xff0)));
+        assert!(!with(SectionKind::Data, first));
+        assert!(!with(SectionKind::Text, first.wrapping_add(0x1000)));
+        assert!(!with(SectionKind::Text, Gva(0xffff_ffff_8100_0000)));
     }
 }

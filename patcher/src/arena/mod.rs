@@ -8,7 +8,7 @@
 //!   ┌  0..16   manifest, copy A               not mapped
 //!   │ 16..32   manifest, copy B               not mapped
 //!   │ 32       page table of the window       not mapped
-//!   └ 64..576  four fixed pages, then the     pages 0..512: text r-x, constants r--, data rw-
+//!   └ 64..576  twelve fixed pages, then the   pages 0..512: text r-x, constants r--, data rw-
 //!              extents, in order of arrival
 //! ```
 //!
@@ -20,6 +20,7 @@ pub mod codec;
 pub mod fixed;
 pub mod manifest;
 pub mod overlay;
+pub mod stage;
 pub mod state;
 pub mod window;
 
@@ -29,7 +30,9 @@ use vmpatch_introspect::Gpa;
 use vmpatch_introspect::target::Edit;
 
 pub use claim::{Loaded, ModuleClaim};
-pub use manifest::{BusyKind, BusyRange, Extent, Manifest, PatchRecord, SiteRecord, SiteRole};
+pub use manifest::{
+    BusyKind, BusyRange, CallbackRecord, Extent, Manifest, PatchRecord, SiteRecord, SiteRole,
+};
 pub use overlay::Overlay;
 pub use state::{Arena, ArenaError, Arrival};
 
@@ -172,6 +175,7 @@ mod tests {
             busy: Vec::new(),
             hooks: Vec::new(),
             unwind: None,
+            callbacks: Vec::new(),
         }
     }
 

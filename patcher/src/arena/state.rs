@@ -349,16 +349,19 @@ mod tests {
             (0, 0xcc, 0xcc),
             (2, 0, 0),
             (3, 0, 0),
-            (4, 0x90, 0xcc),
-            (5, 0x91, 0x91),
-            (6, 0x91, 0xcc),
+            (FIXED_PAGES, 0x90, 0xcc),
+            (FIXED_PAGES + 1, 0x91, 0x91),
+            (FIXED_PAGES + 2, 0x91, 0xcc),
         ] {
             let frame = walk(&slot, space, window::page_address(page)).unwrap();
             let mut bytes = [0; 4096];
             slot.read(Gpa(frame), &mut bytes).unwrap();
             assert_eq!((bytes[0], bytes[4095]), (first, last), "page {page}");
         }
-        assert_eq!(walk(&slot, space, window::page_address(7)), None);
+        // Below the stack of callbacks, and after all else.
+        for page in [7, FIXED_PAGES + 3] {
+            assert_eq!(walk(&slot, space, window::page_address(page)), None);
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! another file: …                                                 Unit ──┴─ collect, resolve, old ─ Patch + BuildReport
 //! ```
 
+mod callback;
 mod collect;
 mod compare;
 mod data;
@@ -32,7 +33,7 @@ mod unwind;
 use std::fmt;
 
 pub use old::OldFunction;
-pub use report::{Brought, BuildReport, FileReport, Ignored, Refused, Replaced};
+pub use report::{Brought, BuildReport, CalledBack, FileReport, Ignored, Refused, Replaced};
 pub use unwind::UnwindData;
 
 use collect::{Collector, Thing};
@@ -179,6 +180,7 @@ fn assemble(mut collector: Collector<'_>, options: &BuildOptions) -> (Patch, Bui
     for at in 0..collector.units.len() {
         replaced.extend(replacements(&mut collector, at));
     }
+    let callbacks = callback::bring(&mut collector);
     collector.finish();
     list_unreached(&mut collector);
     let patch = Patch {
@@ -188,6 +190,7 @@ fn assemble(mut collector: Collector<'_>, options: &BuildOptions) -> (Patch, Bui
         replaced,
         sections: collector.sections,
         symbols: collector.symbols.finish(),
+        callbacks,
     };
     let mut files = collector.reports;
     for file in files.iter_mut().filter(|file| !file.brings_code()) {

@@ -7,6 +7,9 @@ use super::special::Special;
 /// The section of the descriptors of pr_debug.
 pub(super) const DYNAMIC_DEBUG: &str = "__dyndbg";
 
+/// What names callbacks: a section for each kind, by the macros of `vmpatch/callbacks.h`.
+pub(super) const CALLBACKS: &str = ".vmpatch.callbacks.";
+
 /// Whether code of a section can be replaced or brought.
 pub(super) fn code(section: &str) -> Result<(), &'static str> {
     match section {
@@ -92,7 +95,8 @@ pub(super) fn is_no_data(section: &str) -> bool {
         ".static_call_sites",
         ".altinstr_replacement",
     ];
-    const PREFIXES: [&str; 9] = [
+    const PREFIXES: [&str; 10] = [
+        CALLBACKS,
         "runtime_ptr_",
         "runtime_shift_",
         ".orc_",

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::ObjectPair;
+use crate::patch::CallbackKind;
 
 /// The outcome of comparing the objects of all files.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -24,6 +25,9 @@ pub struct FileReport {
     pub replaced: Vec<Replaced>,
     /// What the patch brings that the old object has not.
     pub new: Vec<Brought>,
+    /// Functions that are called when the patch is applied or rolled back.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub callbacks: Vec<CalledBack>,
     /// Differences that do not matter, with the reason.
     pub ignored: Vec<Ignored>,
     /// Differences that cannot be patched, with the reason. If there is one there is no patch.
@@ -59,6 +63,15 @@ pub struct Brought {
     pub kind: &'static str,
     /// Size in bytes.
     pub bytes: u64,
+}
+
+/// A function that is called when the patch is applied or rolled back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CalledBack {
+    /// When.
+    pub kind: CallbackKind,
+    /// Its name.
+    pub function: String,
 }
 
 /// A difference that does not matter.
@@ -114,6 +127,9 @@ impl fmt::Display for FileReport {
         }
         for it in &self.new {
             writeln!(f, "new       {} {} ({} bytes)", it.kind, it.name, it.bytes)?;
+        }
+        for it in &self.callbacks {
+            writeln!(f, "callback  {}: {}", it.kind, it.function)?;
         }
         for it in &self.ignored {
             writeln!(f, "ignored   {}: {}", it.what, it.reason)?;

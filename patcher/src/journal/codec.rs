@@ -259,6 +259,7 @@ mod tests {
                 busy: Vec::new(),
                 hooks: Vec::new(),
                 unwind: None,
+                callbacks: Vec::new(),
             },
             replaced: Vec::new(),
             map: Vec::new(),

@@ -77,6 +77,16 @@ impl<'o> Intent<'o> {
     /// The record could not be written; the next `status` settles it.
     pub fn abandon(self, vm: &dyn Target, reason: &str) -> Result<(), JournalError> {
         take_back(vm, self.change.arena());
+        self.end_abandoned(reason)
+    }
+
+    /// The same where a callback of the patch has run: what it left in the guest may point into the arena, so that all stays
+    /// there, as after a rollback.
+    fn abandon_after_callback(self, reason: &str) -> Result<(), JournalError> {
+        self.end_abandoned(reason)
+    }
+
+    fn end_abandoned(&self, reason: &str) -> Result<(), JournalError> {
         let ending = Ending::Abandoned {
             unix_ms: now_ms(),
             reason: reason.to_owned(),
@@ -98,6 +108,10 @@ impl<'o> Intent<'o> {
             Ok(attempted) => {
                 self.commit(&attempted.applied)?;
                 Ok(attempted)
+            }
+            Err(failure) if failure.guest_unchanged() && failure.callback_has_run() => {
+                self.abandon_after_callback(&failure.to_string())?;
+                Err(failure)
             }
             Err(failure) if failure.guest_unchanged() => {
                 self.abandon(vm, &failure.to_string())?;

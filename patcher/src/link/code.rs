@@ -406,6 +406,7 @@ mod tests {
             replaced: Vec::new(),
             sections: vec![section],
             symbols,
+            callbacks: Vec::new(),
         }
     }
 

@@ -212,6 +212,7 @@ mod tests {
             replaced: Vec::new(),
             sections,
             symbols: Vec::new(),
+            callbacks: Vec::new(),
         }
     }
 

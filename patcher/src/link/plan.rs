@@ -22,10 +22,11 @@ use super::unwind;
 use crate::arena::fixed::Fixtures;
 use crate::arena::window::{self, WindowError};
 use crate::arena::{
-    Arena, ArenaError, BusyKind, BusyRange, ModuleClaim, PatchRecord, SiteRecord, SiteRole,
+    Arena, ArenaError, BusyKind, BusyRange, CallbackRecord, ModuleClaim, PatchRecord, SiteRecord,
+    SiteRole,
 };
 use crate::patch::file::PatchFile;
-use crate::patch::{Patch, Replacement, SectionKind};
+use crate::patch::{Callback, Patch, Replacement, SectionKind};
 use crate::unwind::rows::{self, Rows};
 use crate::verify::locate::{LocateError, Located, Wanted};
 use crate::verify::run_pre::Matcher;
@@ -460,6 +461,7 @@ impl Linker<'_> {
             busy,
             hooks: self.hooks.sites.clone(),
             unwind: (!unwind.is_empty()).then(|| Rows::of(placement.tables.unwind, &unwind)),
+            callbacks: callbacks(self.patch, placement),
         };
         let tables = Parts {
             unwind,
@@ -642,6 +644,19 @@ fn new_function(patch: &Patch, wanted: &Replacement, placement: &Placement) -> G
         .map_or(0, |section| section.bytes.len() as u64);
     let entry = start.wrapping_add(wanted.new_offset);
     sized(entry, size.saturating_sub(wanted.new_offset))
+}
+
+/// Where the callbacks of a patch lie.
+fn callbacks(patch: &Patch, placement: &Placement) -> Vec<CallbackRecord> {
+    let record = |it: &Callback| {
+        let at = placement.sections.get(it.section as usize).copied();
+        CallbackRecord {
+            kind: it.kind,
+            function: it.name.clone(),
+            at: at.unwrap_or_default(),
+        }
+    };
+    patch.callbacks.iter().map(record).collect()
 }
 
 /// Arena addresses are far below the end of the address space.

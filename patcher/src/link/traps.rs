@@ -246,6 +246,7 @@ mod tests {
                 section: 0,
                 offset: 0,
             }],
+            callbacks: Vec::new(),
         }
     }
 

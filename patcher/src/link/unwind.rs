@@ -107,6 +107,7 @@ mod tests {
             replaced: Vec::new(),
             sections,
             symbols: Vec::new(),
+            callbacks: Vec::new(),
         };
         let starts = (TEXT.0..).step_by(16).map(Gva);
         let placement = Placement {

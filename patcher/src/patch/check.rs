@@ -3,7 +3,9 @@
 
 mod body;
 
-use super::{Code, Patch, Replacement, Requirement, Section, SectionKind, Symbol, Unit};
+use std::collections::BTreeSet;
+
+use super::{Callback, Code, Patch, Replacement, Requirement, Section, SectionKind, Symbol, Unit};
 use body::{Body, Side};
 
 /// Longest name of a patch in bytes: it names files too.
@@ -49,6 +51,12 @@ pub enum Malformed {
     Twice {
         /// The function.
         name: String,
+    },
+    /// Two callbacks of one kind.
+    #[error("there are two callbacks {kind}")]
+    Callbacks {
+        /// Which.
+        kind: &'static str,
     },
     /// An index that leads nowhere, or to something of the wrong kind.
     #[error("{place}: {what} {index} {problem}")]
@@ -119,7 +127,8 @@ pub fn check(patch: &Patch) -> Result<(), Malformed> {
         .replaced
         .iter()
         .try_for_each(|it| replacement(patch, it))?;
-    no_function_twice(&patch.replaced)
+    no_function_twice(&patch.replaced)?;
+    callbacks(patch)
 }
 
 /// Checks the name of a patch: a letter or digit, then letters, digits, `.`, `_` and `-`; it can stand in
@@ -208,6 +217,26 @@ fn no_function_twice(replaced: &[Replacement]) -> Result<(), Malformed> {
         }),
         None => Ok(()),
     }
+}
+
+fn callbacks(patch: &Patch) -> Result<(), Malformed> {
+    let mut seen = BTreeSet::new();
+    for Callback {
+        kind,
+        name,
+        section,
+    } in &patch.callbacks
+    {
+        printable("callback", name)?;
+        let home = section_at(patch, *section, || name.clone())?;
+        if home.kind != SectionKind::Text || home.bytes.is_empty() {
+            return Err(index(name, "section", *section, "is not code"));
+        }
+        if !seen.insert(*kind) {
+            return Err(Malformed::Callbacks { kind: kind.name() });
+        }
+    }
+    Ok(())
 }
 
 fn section(patch: &Patch, section: &Section) -> Result<(), Malformed> {

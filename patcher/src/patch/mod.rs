@@ -9,6 +9,7 @@ pub mod file;
 pub(crate) mod sample;
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use vmpatch_introspect::unwind::orc::Entry;
@@ -28,6 +29,66 @@ pub struct Patch {
     pub sections: Vec<Section>,
     /// Everything that relocations name.
     pub symbols: Vec<Symbol>,
+    /// Functions that are called when it is applied or rolled back, at most one of a kind.
+    pub callbacks: Vec<Callback>,
+}
+
+/// A function of the patch that one vCPU executes within the stop, while all others stand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Callback {
+    /// When it is called.
+    pub kind: CallbackKind,
+    /// Its symbol.
+    pub name: String,
+    /// Index into [`Patch::sections`] of its body, at whose start it begins.
+    pub section: u32,
+}
+
+/// When a callback is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallbackKind {
+    /// Before the new functions are entered. It may refuse.
+    PreApply,
+    /// After that.
+    PostApply,
+    /// Before the old functions are entered again. It may refuse.
+    PreRollback,
+    /// After that.
+    PostRollback,
+}
+
+impl CallbackKind {
+    /// All, in the order in which they are called.
+    pub const ALL: [Self; 4] = [
+        Self::PreApply,
+        Self::PostApply,
+        Self::PreRollback,
+        Self::PostRollback,
+    ];
+
+    /// Its name, in sources and reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PreApply => "pre_apply",
+            Self::PostApply => "post_apply",
+            Self::PreRollback => "pre_rollback",
+            Self::PostRollback => "post_rollback",
+        }
+    }
+
+    /// Whether what it returns decides if the change is made.
+    #[must_use]
+    pub const fn may_refuse(self) -> bool {
+        matches!(self, Self::PreApply | Self::PreRollback)
+    }
+}
+
+impl fmt::Display for CallbackKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Which kernel the patch was built for. What is `None` is left to run-pre matching.

@@ -1,9 +1,9 @@
 //! One small patch that has every kind of thing in it, for tests.
 
 use super::{
-    Alternative, Code, Fragment, Part, Patch, Reference, Relocation, RelocationKind, Replacement,
-    Requirement, Section, SectionKind, Site, SiteKind, Symbol, Trap, TrapKind, Unit, Unwind,
-    VMLINUX,
+    Alternative, Callback, CallbackKind, Code, Fragment, Part, Patch, Reference, Relocation,
+    RelocationKind, Replacement, Requirement, Section, SectionKind, Site, SiteKind, Symbol, Trap,
+    TrapKind, Unit, Unwind, VMLINUX,
 };
 use vmpatch_introspect::unwind::orc::Entry;
 
@@ -175,5 +175,10 @@ pub(crate) fn patch() -> Patch {
                 offset: 0,
             },
         ],
+        callbacks: vec![Callback {
+            kind: CallbackKind::PreApply,
+            name: "sample_ready".to_owned(),
+            section: 0,
+        }],
     }
 }

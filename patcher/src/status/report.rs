@@ -6,7 +6,7 @@ use vmpatch_introspect::{Gva, PhysicalMemory};
 
 use super::known::{Known, KnownPatch, Source, State};
 use super::settle::{Interrupted, Verdict};
-use crate::arena::{Manifest, SiteRecord, SiteRole};
+use crate::arena::{CallbackRecord, Manifest, SiteRecord, SiteRole};
 use crate::journal::{Ending, Entry, Operation};
 
 /// More patches than one boot has arena pages; the manifest that an earlier one left may claim anything.
@@ -40,6 +40,9 @@ pub struct PatchReport {
     pub source: Source,
     /// The functions it replaces.
     pub functions: Vec<String>,
+    /// Functions of it that are called when it is applied or rolled back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub callbacks: Vec<CallbackRecord>,
     /// Modules that it changed and that are gone, its changes with them.
     pub unloaded: Vec<String>,
     /// Applied patches that lie upon it and must be rolled back first.
@@ -182,6 +185,7 @@ fn report(
         digest: record.digest.clone(),
         state: patch.state,
         source: patch.source,
+        callbacks: record.callbacks.clone(),
         unloaded: patch
             .unloaded
             .iter()

@@ -14,7 +14,8 @@ use vmpatch_introspect::target::{
     ArenaError, Edit, MemoryError, ResumeError, StopError, StopReport, StopRequest, WriteError,
 };
 use vmpatch_introspect::{
-    Activity, Gpa, GpaRange, Gva, PhysicalMemory, StoppedTarget, Target, Vcpu,
+    Activity, Call, CallError, Called, Gpa, GpaRange, Gva, PhysicalMemory, StoppedTarget, Target,
+    Vcpu,
 };
 
 /// Size of the RAM, from guest-physical zero.
@@ -65,6 +66,7 @@ pub struct WriteSeen {
 }
 
 type Watcher = Box<dyn Fn(&WriteSeen)>;
+type Callee = Box<dyn Fn(&Call) -> Result<Called, CallError>>;
 
 /// A machine of plain bytes.
 pub struct Machine {
@@ -74,6 +76,7 @@ pub struct Machine {
     faults: RefCell<Vec<Fault>>,
     seen: RefCell<Vec<WriteSeen>>,
     watcher: RefCell<Option<Watcher>>,
+    callee: RefCell<Option<Callee>>,
     running: Cell<bool>,
     stops: Cell<u32>,
 }
@@ -105,6 +108,7 @@ impl Machine {
             faults: RefCell::default(),
             seen: RefCell::default(),
             watcher: RefCell::default(),
+            callee: RefCell::default(),
             running: Cell::new(true),
             stops: Cell::new(0),
         }
@@ -118,6 +122,11 @@ impl Machine {
     /// Calls `watcher` at every write, before it takes effect.
     pub fn watch(&self, watcher: impl Fn(&WriteSeen) + 'static) {
         *self.watcher.borrow_mut() = Some(Box::new(watcher));
+    }
+
+    /// Lets calls be made: `callee` stands for every function of the guest.
+    pub fn let_call(&self, callee: impl Fn(&Call) -> Result<Called, CallError> + 'static) {
+        *self.callee.borrow_mut() = Some(Box::new(callee));
     }
 
     /// Sets the registers that the next stop finds.
@@ -296,6 +305,10 @@ impl Target for Machine {
         GpaRange::sized(SLOT, SLOT_SIZE).ok_or_else(|| ArenaError::Unsupported("size".to_owned()))
     }
 
+    fn can_call(&self) -> bool {
+        self.callee.borrow().is_some()
+    }
+
     fn write_arena(&self, at: Gpa, bytes: &[u8]) -> Result<(), ArenaError> {
         let outside = || ArenaError::Outside {
             at,
@@ -409,6 +422,13 @@ impl StoppedTarget for Stop<'_> {
             }
         }
         Ok(())
+    }
+
+    fn call(&mut self, call: &Call) -> Result<Called, CallError> {
+        match &*self.machine.callee.borrow() {
+            Some(callee) => callee(call),
+            None => Err(CallError::Unsupported("bytes execute nothing")),
+        }
     }
 
     fn resume(mut self: Box<Self>) -> Result<StopReport, ResumeError> {

@@ -5,12 +5,14 @@ use vmpatch_introspect::target::Edit;
 use vmpatch_introspect::{Gpa, GpaRange, Gva, GvaRange, PhysicalMemory, Target};
 
 use super::machine::{Machine, SLOT, SLOT_SIZE};
+use crate::apply::Caller;
+use crate::apply::callback::BUDGET;
 use crate::arena::{
-    ArenaWrite, BusyKind, BusyRange, Extent, Manifest, PatchRecord, SiteRecord, SiteRole, codec,
-    window,
+    ArenaWrite, BusyKind, BusyRange, CallbackRecord, Extent, Manifest, PatchRecord, SiteRecord,
+    SiteRole, codec, stage, window,
 };
 use crate::link::layers::{Layers, Stacking};
-use crate::patch::SectionKind;
+use crate::patch::{CallbackKind, SectionKind};
 use crate::status::Known;
 use crate::verify::{Switch, Verified};
 
@@ -55,21 +57,59 @@ pub fn verified(machine: &Machine, name: &str) -> Verified {
 /// The same beside patches that are there, or in their place.
 #[must_use]
 pub fn verified_beside(machine: &Machine, name: &str, layers: &Layers) -> Verified {
+    verified_calling(machine, name, layers, &[])
+}
+
+/// The same with callbacks, all at the first new function.
+#[must_use]
+pub fn verified_calling(
+    machine: &Machine,
+    name: &str,
+    layers: &Layers,
+    callbacks: &[CallbackKind],
+) -> Verified {
     let manifest = manifest(machine);
     let page = manifest.next_page;
-    let record = record(&layers.ground(machine), name, page);
+    let mut record = record(&layers.ground(machine), name, page);
+    let callback = |kind: &CallbackKind| CallbackRecord {
+        kind: *kind,
+        function: format!("my_{kind}"),
+        at: window::page_address(page),
+    };
+    record.callbacks = callbacks.iter().map(callback).collect();
     let text: Vec<u8> = (0..4096_u32).map(|at| (at % 251) as u8).collect();
     let write = |at, bytes| ArenaWrite { at, bytes };
+    let stage = match callbacks {
+        [] => Vec::new(),
+        _ => stage::writes(slot()),
+    };
     Verified {
         boot: BOOT.to_owned(),
-        arena_writes: vec![
+        arena_writes: [
             write_manifest(manifest, &record),
             write(window::page_frame(slot(), page), text),
-        ],
+        ]
+        .into_iter()
+        .chain(stage)
+        .collect(),
         map: map_edits(machine),
         switch: Switch::of(&record, layers, machine).unwrap(),
         functions: Vec::new(),
         record,
+    }
+}
+
+/// What calls need to know of this machine: one per-CPU area, that of every vCPU.
+#[must_use]
+pub fn caller() -> Caller {
+    Caller {
+        slot: slot(),
+        page_tables: (Gpa(0x1000), false),
+        per_cpu: vec![Gva(0)],
+        scheduler: TEXT,
+        idle: None,
+        preempt_count: None,
+        budget: BUDGET,
     }
 }
 
@@ -128,6 +168,7 @@ fn record(machine: &dyn PhysicalMemory, name: &str, page: u32) -> PatchRecord {
         ],
         hooks: Vec::new(),
         unwind: None,
+        callbacks: Vec::new(),
     }
 }
 

@@ -297,6 +297,8 @@ impl Page {
             call.tss.0,
             call.forbidden.0,
             budget,
+            // No four bytes lie there.
+            call.preempt_count.map_or(u64::MAX, |at| at.0),
         ];
         for (word, value) in self.area.iter().zip(words) {
             word.store(value, Ordering::Relaxed);
@@ -318,6 +320,7 @@ impl Page {
             tss: Gva(word(8)),
             forbidden: Gva(word(9)),
             budget: Duration::from_nanos(word(10)),
+            preempt_count: Some(word(11)).filter(|at| *at != u64::MAX).map(Gpa),
         }
     }
 
@@ -531,11 +534,18 @@ mod tests {
             gdt: Gva(word(7)),
             tss: Gva(word(8)),
             forbidden: Gva(word(9)),
+            preempt_count: None,
             budget: Duration::from_millis(10),
         };
         let page = page();
-        page.set_call(&call);
-        assert_eq!(page.call(), call);
+        for preempt_count in [None, Some(Gpa(word(11)))] {
+            let call = Call {
+                preempt_count,
+                ..call
+            };
+            page.set_call(&call);
+            assert_eq!(page.call(), call);
+        }
     }
 
     #[test]

@@ -13,15 +13,18 @@ use kvm_bindings::{
     kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Error, VcpuFd};
-use vmpatch_introspect::address::Gva;
+use vmpatch_introspect::address::{Gpa, Gva};
 use vmpatch_introspect::call::{
     CODE_SELECTOR, Call, CallError, Called, DATA_SELECTOR, TSS_SELECTOR,
 };
+
+use vmpatch_introspect::target::{MemoryError, PhysicalMemory};
 
 use super::exit::{self, Came};
 use super::outcome::Fault;
 use super::registers;
 use crate::bus::Bus;
+use crate::memory::GuestMemory;
 
 /// A call and until when it may run.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +82,7 @@ struct Saved {
 /// Makes a call. `wanted` says whether it is still wanted, whenever the guest was left.
 pub(super) fn call(
     fd: &mut VcpuFd,
-    bus: &Bus,
+    (bus, memory): (&Bus, &GuestMemory),
     order: &Order,
     wanted: impl Fn() -> bool,
     leave_at_once: impl Fn(bool),
@@ -94,6 +97,8 @@ pub(super) fn call(
     if let Some(why) = saved.in_the_way(fd) {
         return Err(unfit(why.to_owned()));
     }
+    let count =
+        PreemptCount::read(memory, call.preempt_count).map_err(|error| unfit(error.to_string()))?;
     let mut run = Run {
         fd,
         bus,
@@ -112,7 +117,36 @@ pub(super) fn call(
             vcpu: call.vcpu,
             why: format!("{operation}: {error}"),
         })?;
+    if let (Ok(outcome), Some(count)) = (&called, count)
+        && !matches!(outcome, Called::Returned(_))
+    {
+        count
+            .put_back(memory)
+            .map_err(|error| CallError::NotRestored {
+                vcpu: call.vcpu,
+                why: error.to_string(),
+            })?;
+    }
     called
+}
+
+/// How deep the guest has switched preemption off on the CPU: what a function that did not return had entered it never leaves.
+struct PreemptCount {
+    at: Gpa,
+    value: [u8; 4],
+}
+
+impl PreemptCount {
+    fn read(memory: &GuestMemory, at: Option<Gpa>) -> Result<Option<Self>, MemoryError> {
+        let Some(at) = at else { return Ok(None) };
+        let mut value = [0; 4];
+        memory.read(at, &mut value)?;
+        Ok(Some(Self { at, value }))
+    }
+
+    fn put_back(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
+        memory.write(self.at, &self.value)
+    }
 }
 
 /// An event of the guest's own that a call has taken, so that it must be given again.

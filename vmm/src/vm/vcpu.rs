@@ -154,9 +154,15 @@ impl Runner {
     fn call(&mut self, order: &Order, wish: Wish) -> Result<Called, CallError> {
         let (gate, exit) = (&self.shared.gate, self.exit);
         let wanted = || gate.wish() == wish;
-        let called = call::call(&mut self.fd, &self.shared.bus, order, wanted, |at_once| {
-            exit.ask(at_once);
-        });
+        let called = call::call(
+            &mut self.fd,
+            (&self.shared.bus, &self.shared.memory),
+            order,
+            wanted,
+            |at_once| {
+                exit.ask(at_once);
+            },
+        );
         self.forget_stored();
         called
     }

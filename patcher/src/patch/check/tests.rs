@@ -219,3 +219,12 @@ fn alternative(patch: &mut Patch) -> &mut Alternative {
         other => panic!("{other:?}"),
     }
 }
+
+#[test]
+fn callbacks_are_code_of_the_patch_and_one_of_a_kind() {
+    assert!(after(|p| p.callbacks[0].section = 9).contains("section 9"));
+    assert!(after(|p| p.callbacks[0].section = 1).contains("is not code"));
+    assert!(after(|p| p.callbacks[0].name = "a\n".to_owned()).contains("callback"));
+    let twice = after(|p| p.callbacks.push(p.callbacks[0].clone()));
+    assert!(twice.contains("two callbacks pre_apply"), "{twice}");
+}
