@@ -7,10 +7,12 @@ mod guests;
 use std::path::Path;
 use std::time::Duration;
 
+use guests::sleeper;
 use tempfile::TempDir;
 use vmpatch_introspect::modules::ModulePlace;
+use vmpatch_introspect::stacks::{self, Stack};
 use vmpatch_introspect::target::StopRequest;
-use vmpatch_introspect::unwind::Unwinder;
+use vmpatch_introspect::unwind::{Unreliable, Unwinder};
 use vmpatch_introspect::{Deadline, Dump, Kernel, PhysicalMemory, Target};
 use vmpatch_patcher::apply::{Attempted, Change, Failure, Schedule, Unobserved};
 use vmpatch_patcher::arena::{Arena, Loaded, Manifest};
@@ -21,6 +23,7 @@ use vmpatch_patcher::quiescence::LiveKernel;
 use vmpatch_patcher::rollback;
 use vmpatch_patcher::status::{self, Known, Ledger, State};
 use vmpatch_patcher::testing::Machine;
+use vmpatch_patcher::unwind;
 use vmpatch_patcher::verify::verify;
 
 /// Guests that the samples are built for.
@@ -85,6 +88,34 @@ impl Vm {
 
     fn apply(&self, file: &PatchFile) -> Result<Attempted, Failure> {
         self.apply_as(Stacking::Upon, file)
+    }
+
+    /// Tables that cover the arena too.
+    fn covered(&self) -> Unwinder {
+        let places = self.places();
+        let mut unwinder = Unwinder::load(&self.kernel, &self.machine, &places).unwrap();
+        let slot = self.machine.arena().unwrap();
+        unwind::cover(&mut unwinder, &self.kernel, &self.machine, slot);
+        unwinder
+    }
+
+    fn stacks(&self, unwinder: &Unwinder) -> Vec<Stack> {
+        let stopped = self.machine.stop(StopRequest::default()).unwrap();
+        let no_end = Deadline::none();
+        stacks::all(
+            &self.kernel,
+            unwinder,
+            stopped.memory(),
+            stopped.vcpus(),
+            &no_end,
+        )
+        .unwrap()
+    }
+
+    fn apply_by(&self, unwinder: &Unwinder, file: &PatchFile) -> Result<Attempted, Failure> {
+        let ledger = self.ledger();
+        let change = self.change(file, &ledger.layers(Stacking::Upon).unwrap());
+        self.make(ledger, change, unwinder)
     }
 
     fn apply_as(&self, stacking: Stacking, file: &PatchFile) -> Result<Attempted, Failure> {
@@ -323,6 +354,59 @@ fn a_hook_is_placed_once_and_goes_with_the_last_patch_that_needs_it() {
         assert_eq!(changes(&vm.text()), one);
         vm.rollback("loadavg-warn").unwrap();
         assert!(vm.text() == text);
+    });
+}
+
+/// Its own frame is met either way; what else it has on its stack counts only where the stack cannot be followed.
+#[test]
+fn a_task_that_sleeps_in_new_code_hinders_only_what_it_stands_in() {
+    each(|vm, samples| {
+        let (slept_in, other) = (sample(samples, "proc-version"), sample(samples, "getuid"));
+        vm.apply(slept_in).unwrap();
+        let covered = vm.covered();
+        let record = &vm.manifest().patches[0];
+        let new = record.busy_for_rollback().next().unwrap();
+        let place = sleeper::behind_a_call(&vm.kernel, &vm.machine, &covered, new.range);
+        let replaced = &other.patch().replaced[0].name;
+        let stale = vm.kernel.symbols.unique(replaced).unwrap();
+        let stacks = vm.stacks(&covered);
+        let stale = stale.wrapping_add(9);
+        let pid = sleeper::puts(&vm.kernel, &vm.machine, &stacks, place, stale);
+
+        let of_task = |unwinder: &Unwinder| {
+            let mut stacks = vm.stacks(unwinder).into_iter();
+            let is_its = |it: &Stack| it.task.as_ref().is_some_and(|task| task.pid == pid);
+            stacks.find(is_its).unwrap().trace
+        };
+        let before = stacks
+            .iter()
+            .map(|it| it.task.as_ref().map(|task| (task.pid, &it.trace)));
+        let (_, before) = before.flatten().find(|(it, _)| *it == pid).unwrap();
+        let unknown = of_task(&vm.unwinder).unreliable;
+        assert_eq!(unknown, Some(Unreliable::NoUnwindData(place.0)));
+        let followed = of_task(&covered);
+        assert_eq!(followed.unreliable, None);
+        let (at, whole): (Vec<_>, Vec<_>) = followed.frames.iter().map(|it| (it.at, it)).unzip();
+        assert_eq!(at.len(), before.frames.len() + 1);
+        assert_eq!(at.iter().filter(|at| **at == place.0).count(), 1);
+        assert_eq!(
+            whole.last(),
+            before.frames.iter().collect::<Vec<_>>().last()
+        );
+
+        let busy = vm.apply(other).unwrap_err().to_string();
+        assert!(
+            busy.contains(&format!("{pid}")) && busy.contains(replaced),
+            "{busy}"
+        );
+        vm.apply_by(&covered, other).unwrap();
+        let ledger = vm.ledger();
+        let change = rollback::change(&ledger, "proc-version").unwrap();
+        let busy = vm.make(ledger, change, &covered).unwrap_err().to_string();
+        assert!(
+            busy.contains(&format!("{pid}")) && busy.contains("version_proc_show"),
+            "{busy}"
+        );
     });
 }
 
