@@ -34,11 +34,13 @@
  * rcu_read_lock() held from before vmpatch_shadow_get() on, or because the object cannot go.
  *
  * All of it may be called wherever kfree() may, with interrupts on or off, but not in an NMI; allocating as the
- * flags say. Locks are held, so it is not for a callback that runs while other CPUs stand still.
+ * flags say. Locks are waited for, so none of it is for a callback of a patch, which runs while other CPUs stand
+ * still, perhaps with a lock: there, VMPATCH_SHADOW_FREE_LATER.
  */
 
 #include <linux/bit_spinlock.h>
 #include <linux/hash.h>
+#include <linux/irq_work.h>
 #include <linux/irqflags.h>
 #include <linux/kmemleak.h>
 #include <linux/rcupdate.h>
@@ -225,5 +227,23 @@ static inline void vmpatch_shadow_free_all(unsigned long id, vmpatch_shadow_dtor
 		vmpatch_shadow_unlock(head, flags);
 	}
 }
+
+/*
+ * Defines a function that lets all data of an id be freed as soon as the guest goes on, without waiting for
+ * anything: for a callback, which can be that function itself.
+ *
+ *	VMPATCH_SHADOW_FREE_LATER(forget, WRITES)
+ */
+#define VMPATCH_SHADOW_FREE_LATER(name, id)				\
+	static void name##_now(struct irq_work *work)			\
+	{								\
+		vmpatch_shadow_free_all(id, NULL);			\
+	}								\
+	static void name(void)						\
+	{								\
+		static struct irq_work work = IRQ_WORK_INIT(name##_now);	\
+									\
+		irq_work_queue(&work);					\
+	}
 
 #endif

@@ -8,9 +8,10 @@ use std::process::Command;
 use vmpatch_kbuild::headers::HEADERS;
 
 /// What it includes, all of which `kernel.h` has.
-const INCLUDED: [&str; 7] = [
+const INCLUDED: [&str; 8] = [
     "bit_spinlock",
     "hash",
+    "irq_work",
     "irqflags",
     "kmemleak",
     "rcupdate",

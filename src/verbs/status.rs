@@ -1,8 +1,11 @@
 //! `vmpatch status`: which patches a VM has, and whether its memory agrees.
 
 use serde::Serialize;
+use vmpatch_introspect::KernelMemory;
 use vmpatch_patcher::journal::{Ending, Operation};
-use vmpatch_patcher::status::{self, Interrupted, PatchReport, Report, State, Verdict};
+use vmpatch_patcher::status::{
+    self, Interrupted, PatchReport, Report, ShadowData, State, Verdict, shadow,
+};
 
 use crate::exit::Failure;
 use crate::held::Waiting;
@@ -16,6 +19,8 @@ struct Answer {
     needs_attention: bool,
     /// Patches that wait for a module.
     pending: Vec<Waiting>,
+    /// What patches keep beside live objects.
+    shadow_data: Vec<ShadowData>,
     #[serde(flatten)]
     report: Report,
 }
@@ -28,15 +33,26 @@ pub(crate) fn run(vm: &str, output: &Output) -> Result<(), Failure> {
     let report = status::report(&live.journal(), live.vm(), live.boot(), loaded);
     let (pending, notes) = live.held().all()?;
     notes.iter().for_each(|note| output.note(note));
+    // Without a patch in its manifest the arena says nothing.
+    let shadow_data = match report.patches.is_empty() {
+        true => Vec::new(),
+        false => shadow_data(&live),
+    };
     let answer = Answer {
         vm: vm.to_owned(),
         pending,
+        shadow_data,
         release: live.kernel.identity.release,
         needs_attention: report.needs_attention(),
         report,
     };
     output.answer(&answer, text);
     Ok(())
+}
+
+fn shadow_data(live: &Live) -> Vec<ShadowData> {
+    let memory = KernelMemory::new(live.vm(), live.kernel.layout.space);
+    shadow::count(&|at| memory.read_u64(at).ok())
 }
 
 fn text(answer: &Answer) -> String {
@@ -54,6 +70,7 @@ fn text(answer: &Answer) -> String {
         format!("patch {} has callbacks: {callbacks}", patch.name)
     }));
     parts.extend(answer.pending.iter().map(pending));
+    parts.extend(answer.shadow_data.iter().map(beside));
     parts.extend(report.interrupted.iter().map(interrupted));
     parts.extend(report.patches.iter().flat_map(damage));
     parts.extend(report.stale.iter().map(|patch| {
@@ -113,6 +130,14 @@ fn pending(patch: &Waiting) -> String {
         patch.patch,
         patch.modules.join(", ")
     )
+}
+
+fn beside(data: &ShadowData) -> String {
+    let objects = match data.objects {
+        1 => "1 object has".to_owned(),
+        many => format!("{many} objects have"),
+    };
+    format!("{objects} shadow data of id {:#x}", data.id)
 }
 
 fn interrupted(open: &Interrupted) -> String {

@@ -15,6 +15,16 @@ fn read(guest: &mut Guest, file: &str) -> String {
     guest.ask(&format!("cat {file}")).unwrap().join("\n")
 }
 
+/// Whether the status tells of such data of so many objects.
+#[track_caller]
+fn tells(guest: &Guest, objects: Option<u64>) {
+    let status = expect(guest, 0, &["status"]);
+    let told = &status.json["shadow_data"];
+    assert_eq!(told[0]["objects"].as_u64(), objects, "{told}");
+    let id = told[0]["id"].as_u64();
+    assert_eq!(id, objects.map(|_| 0x7265_6164), "{told}");
+}
+
 /// Reads /proc/loadavg, which is to count so many reads.
 #[track_caller]
 fn counts(guest: &mut Guest, reads: Option<u32>) {
@@ -41,6 +51,7 @@ fn data_beside_a_live_object_outlive_the_patch_that_made_them() {
 
     counts(guest, None);
     expect(guest, 0, &["apply", count.path()]);
+    tells(guest, None);
     for reads in 1..=3 {
         counts(guest, Some(reads));
     }
@@ -52,6 +63,7 @@ fn data_beside_a_live_object_outlive_the_patch_that_made_them() {
     expect(guest, 0, &["rollback", COUNTS]);
     counts(guest, None);
     shows(guest, Some(4));
+    tells(guest, Some(1));
     expect(guest, 0, &["apply", count.path()]);
     counts(guest, Some(5));
 
@@ -65,5 +77,6 @@ fn data_beside_a_live_object_outlive_the_patch_that_made_them() {
     }
     counts(guest, None);
     shows(guest, None);
+    tells(guest, None);
     assert_no_trouble(guest);
 }

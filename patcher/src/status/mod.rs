@@ -6,6 +6,7 @@ pub mod known;
 pub mod ledger;
 pub mod report;
 pub mod settle;
+pub mod shadow;
 
 use std::path::Path;
 
@@ -15,6 +16,7 @@ pub use known::{Known, KnownPatch, Source, State};
 pub use ledger::{AdmitError, Ledger};
 pub use report::{Damage, LastChange, PatchReport, Report, StalePatch};
 pub use settle::{Interrupted, Verdict};
+pub use shadow::ShadowData;
 
 use crate::arena::Loaded;
 use crate::journal::{Folder, JournalError, LockError};
