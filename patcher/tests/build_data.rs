@@ -368,3 +368,19 @@ fn tables_of_tables_are_followed_only_so_far() {
     let (patch, _) = patch(&source, &source.replace("t8[i]", "t8[i + 1]"));
     assert_eq!(replaced(&patch), ["run"]);
 }
+
+#[test]
+fn data_that_no_variable_covers_is_compared_and_a_difference_refused() {
+    let source = "asm(\".pushsection .data..table,\\\"aw\\\"\\n.type sized,@object\\nsized: .long 1\\n.size sized, 4\\n\
+                  .long 7\\n.popsection\"); int run(int n) { return n + 1; }";
+    let new = source
+        .replace(".long 7", ".long 8")
+        .replace("n + 1", "n + 2");
+    let (section, _, reason) = refusal(source, &new);
+    assert!(
+        section == ".data..table" && reason.contains("no variable"),
+        "{section}: {reason}"
+    );
+    let (patch, _) = patch(source, &source.replace("n + 1", "n + 2"));
+    assert_eq!(replaced(&patch), ["run"]);
+}

@@ -342,3 +342,30 @@ fn a_call_of_the_function_that_follows_is_no_place_of_its_own() {
         "{names:?}"
     );
 }
+
+/// Assembly beside a function in C that is changed too.
+fn with_assembly(code: &str, number: u32) -> String {
+    format!(
+        "asm(\".pushsection .entry,\\\"ax\\\"\\n{code}\\n.popsection\");
+         int run(int n) {{ return n + {number}; }}"
+    )
+}
+
+#[test]
+fn code_at_plain_labels_is_compared_and_a_difference_refused() {
+    let body = "here: mov $1,%eax\\njmp other\\nnop\\nint3";
+    for (from, to) in [
+        ("$1", "$2"),
+        ("jmp other", "jmp another"),
+        ("here:", ".type here,@function\\nhere: xor %eax,%eax\\n"),
+    ] {
+        let new = body.replace(from, to);
+        let (section, _, reason) = refusal(&with_assembly(body, 1), &with_assembly(&new, 2));
+        assert!(
+            section == ".entry" && reason.contains("plain labels"),
+            "{section}: {reason}"
+        );
+    }
+    let (patch, _) = patch(&with_assembly(body, 1), &with_assembly(body, 2));
+    assert_eq!(replaced(&patch), ["run"]);
+}

@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::inventory::numbered_base;
+use super::policy;
 use super::reference::{Reference, Target};
 use super::side::Side;
 use crate::object::{Kind, SectionId};
@@ -26,6 +27,8 @@ pub(super) enum Key {
     /// `.altinstr_aux`: code that only runs until alternatives are applied, and its offset changes with
     /// every change of the object (Linux v6.12 arch/x86/include/asm/cpufeature.h).
     Auxiliary,
+    /// Code without a name, by section and offset.
+    Nameless(String, i64),
     /// Too deep, too large, or outside of the object: equal to nothing in the other one.
     Unclear {
         /// Of the old object.
@@ -133,7 +136,13 @@ fn key_at(side: &Side, names: &Names, target: &Target, walk: &Walk<'_>) -> Key {
             let inside = inside.wrapping_add(distance);
             content_key(side, names, section, (start, end), inside, walk)
         }
-        Target::Place { section, .. } if side.object.section(section).flags.exec => Key::Auxiliary,
+        Target::Place { section, offset } if side.object.section(section).flags.exec => {
+            let name = &side.object.section(section).name;
+            match name == policy::AUXILIARY {
+                true => Key::Auxiliary,
+                false => Key::Nameless(name.clone(), offset),
+            }
+        }
         Target::Place { section, offset } => {
             let size = side.object.section(section).size;
             content_key(side, names, section, (0, size), offset, walk)

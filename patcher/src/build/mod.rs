@@ -22,6 +22,7 @@ mod pair;
 mod policy;
 mod reference;
 mod report;
+mod residue;
 mod resolve;
 mod side;
 mod site;

@@ -10,6 +10,10 @@ pub(super) const DYNAMIC_DEBUG: &str = "__dyndbg";
 /// What names callbacks: a section for each kind, by the macros of `vmpatch/callbacks.h`.
 pub(super) const CALLBACKS: &str = ".vmpatch.callbacks.";
 
+/// What `static_cpu_has` does before alternatives are applied (Linux v6.12
+/// arch/x86/include/asm/cpufeature.h).
+pub(super) const AUXILIARY: &str = ".altinstr_aux";
+
 /// Whether code of a section can be replaced or brought.
 pub(super) fn code(section: &str) -> Result<(), &'static str> {
     match section {

@@ -13,10 +13,6 @@ use super::unit::Unit;
 use crate::object::SectionId;
 use crate::patch::SHADOW_ROOT;
 
-/// What `static_cpu_has` does before alternatives are applied (Linux v6.12
-/// arch/x86/include/asm/cpufeature.h).
-const AUXILIARY: &str = ".altinstr_aux";
-
 /// Names what new code and new data refer to.
 pub(super) struct NewResolver<'c, 'a> {
     pub(super) collector: &'c mut Collector<'a>,
@@ -199,7 +195,7 @@ impl NewResolver<'_, '_> {
         if home.flags.exec {
             let auxiliary = self
                 .auxiliary(section, offset)
-                .filter(|_| home.name == AUXILIARY);
+                .filter(|_| home.name == policy::AUXILIARY);
             if auxiliary.is_none() {
                 self.refuse(&home.name, "it refers to code that belongs to no function");
             }

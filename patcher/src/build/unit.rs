@@ -8,7 +8,7 @@ use super::pair::{self, Pairs};
 use super::report::{FileReport, Ignored, Refused};
 use super::side::Side;
 use super::unwind::Tables;
-use super::{BuildError, ObjectPair, Version, data, layout};
+use super::{BuildError, ObjectPair, Version, data, layout, residue};
 use crate::object;
 use crate::patch;
 
@@ -49,6 +49,7 @@ impl Unit {
         let mut report = FileReport::new(pair);
         layout::compare(pair, safe_types, &mut report);
         data::compare(&old, &new, &pairs, &mut report);
+        residue::compare(&old, &new, &names, &mut report);
         let exports = Exports::compare(&old, &new, &mut report);
         list_functions((&old, &new), &pairs, &verdicts, &mut report);
         let unit = Self {

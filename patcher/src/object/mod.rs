@@ -90,11 +90,16 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Size of the field in bytes.
+    /// Size of the field in bytes (System V ABI, AMD64 supplement, table 4.9).
     #[must_use]
     pub const fn field_bytes(self) -> u64 {
         match self {
             Self::Relative64 | Self::Absolute64 => 8,
+            // R_X86_64_16, R_X86_64_PC16, R_X86_64_8, R_X86_64_PC8.
+            Self::Other(12 | 13) => 2,
+            Self::Other(14 | 15) => 1,
+            // R_X86_64_GOTOFF64 and the like.
+            Self::Other(25 | 27..=31) => 8,
             _ => 4,
         }
     }
