@@ -2,7 +2,7 @@
 //! not. Owns the walk from what must be brought to what that refers to; what a reference is to, something of the
 //! guest or something brought along, is [`resolve`](super::resolve)'s.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use super::compare::Verdict;
 use super::policy;
@@ -135,17 +135,25 @@ impl<'a> Collector<'a> {
 }
 
 /// The new functions and variables of a file that other files may name.
-fn exports(at: usize, unit: &Unit) -> impl Iterator<Item = ((&str, &str), (usize, Thing))> {
+fn exports<'a>(
+    at: usize,
+    unit: &'a Unit,
+) -> impl Iterator<Item = ((&'a str, &'a str), (usize, Thing))> {
     let object = unit.object.as_str();
     let inventory = &unit.new.inventory;
+    let named = move |names: &'a BTreeSet<String>, thing: Thing| {
+        names
+            .iter()
+            .map(move |name| ((object, name.as_str()), (at, thing)))
+    };
     let functions = inventory.functions.iter().enumerate();
     let functions = functions
-        .filter(|(index, it)| it.global && unit.verdicts[*index] == Verdict::New)
-        .map(move |(index, it)| ((object, it.name.as_str()), (at, Thing::Function(index))));
+        .filter(|(index, _)| unit.verdicts[*index] == Verdict::New)
+        .flat_map(move |(index, it)| named(&it.globals, Thing::Function(index)));
     let variables = inventory.variables.iter().enumerate();
     let variables = variables
-        .filter(|(index, it)| it.global && unit.pairs.old_of(*index).is_none())
-        .map(move |(index, it)| ((object, it.name.as_str()), (at, Thing::Variable(index))));
+        .filter(|(index, _)| unit.pairs.old_of(*index).is_none())
+        .flat_map(move |(index, it)| named(&it.globals, Thing::Variable(index)));
     functions.chain(variables)
 }
 

@@ -1,7 +1,7 @@
 //! What an object defines: its functions and its variables, with their extents. Owns the choice of one
 //! name for what has several, and finding what is at an offset. Looks at no instruction.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::object::{Home, Object, SectionId, Symbol, SymbolId, SymbolKind};
 
@@ -16,8 +16,10 @@ pub(super) struct Function {
     pub(super) start: u64,
     /// Offset of its end.
     pub(super) end: u64,
-    /// Other files may name it.
-    pub(super) global: bool,
+    /// All its names.
+    pub(super) names: BTreeSet<String>,
+    /// Those by which other files may name it.
+    pub(super) globals: BTreeSet<String>,
     /// The function it was split off from.
     pub(super) parent: Option<usize>,
 }
@@ -33,8 +35,10 @@ pub(super) struct Variable {
     pub(super) start: u64,
     /// Size in bytes; 0 is possible (an empty structure).
     pub(super) size: u64,
-    /// Other files may name it.
-    pub(super) global: bool,
+    /// All its names.
+    pub(super) names: BTreeSet<String>,
+    /// Those by which other files may name it.
+    pub(super) globals: BTreeSet<String>,
 }
 
 /// Functions and variables of one object; indices into the two lists are what everything else holds.
@@ -48,6 +52,8 @@ pub(super) struct Inventory {
     variable_starts: BTreeMap<(SectionId, u64), usize>,
     variables_of_section: HashMap<SectionId, Vec<usize>>,
     symbol_variables: HashMap<SymbolId, usize>,
+    /// Names of more than one place, as objects have that a linker made of others.
+    pub(super) ambiguous: BTreeSet<String>,
 }
 
 /// Symbols that stand for one place.
@@ -81,6 +87,7 @@ impl Inventory {
             .iter()
             .for_each(|(place, symbols)| inventory.add_variable(*place, symbols));
         inventory.find_parents();
+        inventory.find_ambiguous(object);
         inventory
     }
 
@@ -96,7 +103,14 @@ impl Inventory {
             .max()
             .unwrap_or_default();
         for (_, symbol) in symbols {
-            self.function_names.insert(symbol.name.clone(), index);
+            let name = &symbol.name;
+            if self
+                .function_names
+                .insert(name.clone(), index)
+                .is_some_and(|it| it != index)
+            {
+                self.ambiguous.insert(name.clone());
+            }
         }
         self.function_starts.insert((section, start), index);
         let name = representative(symbols);
@@ -106,7 +120,8 @@ impl Inventory {
             section,
             start,
             end,
-            global: is_global(symbols),
+            names: names(symbols, |_| true),
+            globals: names(symbols, |it| it.global),
             parent: None,
         });
     }
@@ -118,7 +133,14 @@ impl Inventory {
     ) {
         let index = self.variables.len();
         for (id, symbol) in symbols {
-            self.variable_names.insert(symbol.name.clone(), index);
+            let name = &symbol.name;
+            if self
+                .variable_names
+                .insert(name.clone(), index)
+                .is_some_and(|it| it != index)
+            {
+                self.ambiguous.insert(name.clone());
+            }
             self.symbol_variables.insert(*id, index);
         }
         self.variable_starts.insert((section, start), index);
@@ -136,7 +158,8 @@ impl Inventory {
             section,
             start,
             size,
-            global: is_global(symbols),
+            names: names(symbols, |_| true),
+            globals: names(symbols, |it| it.global),
         });
     }
 
@@ -146,6 +169,30 @@ impl Inventory {
                 .and_then(|name| self.function_names.get(name).copied());
             self.functions[index].parent = parent.filter(|parent| *parent != index);
         }
+    }
+
+    /// One name means one thing in the patch, whether function or variable, of this object or of another.
+    fn find_ambiguous(&mut self, object: &Object) {
+        let both = self.function_names.keys();
+        let both = both.filter(|it| self.variable_names.contains_key(*it));
+        let locals: BTreeSet<&str> = self.locals().collect();
+        let outside = object.symbols_with_ids().map(|(_, it)| it);
+        let outside = outside.filter(|it| it.home == Home::Undefined && locals.contains(&*it.name));
+        let found: Vec<_> = both.chain(outside.map(|it| &it.name)).cloned().collect();
+        self.ambiguous.extend(found);
+    }
+
+    /// What the object alone may name.
+    pub(super) fn locals(&self) -> impl Iterator<Item = &str> {
+        let functions = self
+            .functions
+            .iter()
+            .flat_map(|it| it.names.difference(&it.globals));
+        let variables = self
+            .variables
+            .iter()
+            .flat_map(|it| it.names.difference(&it.globals));
+        functions.chain(variables).map(String::as_str)
     }
 
     /// The function of a name, aliases included.
@@ -201,8 +248,9 @@ impl Inventory {
     }
 }
 
-fn is_global(symbols: &[(SymbolId, &Symbol)]) -> bool {
-    symbols.iter().any(|(_, it)| it.global)
+fn names(symbols: &[(SymbolId, &Symbol)], wanted: impl Fn(&Symbol) -> bool) -> BTreeSet<String> {
+    let wanted = symbols.iter().filter(|(_, it)| wanted(it));
+    wanted.map(|(_, it)| it.name.clone()).collect()
 }
 
 fn representative(symbols: &[(SymbolId, &Symbol)]) -> String {

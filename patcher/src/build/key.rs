@@ -2,7 +2,7 @@
 //! offset it has in each. Owns that form; pairing variables whose names differ is [`super::pair`]'s.
 
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::inventory::numbered_base;
 use super::policy;
@@ -20,7 +20,7 @@ const MAX_FIELDS: usize = 1 << 12;
 pub(super) enum Key {
     /// By name, as the old object has it.
     Named(String, i64),
-    /// A variable that only the new object has.
+    /// A function or variable that only the new object has, or one of another file whose name means one of its own in the old.
     New(String, i64),
     /// By what is there: strings, constants, what has no name or one that changes.
     Content(Box<Content>, i64),
@@ -62,6 +62,8 @@ pub(super) struct Names {
     pub(super) functions: HashMap<usize, String>,
     /// For the new side: its variables to the old side's names. `None`: the side is the old one itself.
     pub(super) variables: Option<HashMap<usize, String>>,
+    /// For the new side: what the old one defines, to itself alone.
+    pub(super) locals: HashSet<String>,
 }
 
 /// Whether a variable is compared by content: read-only, and its name has a number that changes.
@@ -96,11 +98,11 @@ pub(super) fn key(side: &Side, names: &Names, target: &Target) -> Key {
 
 fn key_at(side: &Side, names: &Names, target: &Target, walk: &Walk<'_>) -> Key {
     match *target {
-        Target::Outside { distance, .. } => Key::Named(side.name_of(target), distance),
-        Target::Function { function, distance } => {
-            let paired = names.functions.get(&function).cloned();
-            Key::Named(paired.unwrap_or_else(|| side.name_of(target)), distance)
-        }
+        Target::Outside { distance, .. } => match side.name_of(target) {
+            name if names.locals.contains(&name) => Key::New(name, distance),
+            name => Key::Named(name, distance),
+        },
+        Target::Function { function, distance } => function_key(side, names, function, distance),
         Target::Variable { variable, distance } if is_numbered_constant(side, variable) => {
             let it = side.variable(variable);
             let end = it.start.saturating_add(it.size);
@@ -147,6 +149,15 @@ fn key_at(side: &Side, names: &Names, target: &Target, walk: &Walk<'_>) -> Key {
             let size = side.object.section(section).size;
             content_key(side, names, section, (0, size), offset, walk)
         }
+    }
+}
+
+fn function_key(side: &Side, names: &Names, function: usize, distance: i64) -> Key {
+    let own = || side.function(function).name.clone();
+    match (names.functions.get(&function), &names.variables) {
+        (Some(paired), _) => Key::Named(paired.clone(), distance),
+        (None, None) => Key::Named(own(), distance),
+        (None, Some(_)) => Key::New(own(), distance),
     }
 }
 

@@ -2,7 +2,7 @@
 //! functions and clones of functions have a number in their name that changes with the source around them (`seen.3`
 //! becomes `seen.4`). Owns that pairing, and saying where it is not certain: state must never be duplicated by mistake.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::inventory::{Function, clone_base, numbered_base};
 use super::key::{self, Key, Names, is_numbered_constant};
@@ -76,6 +76,7 @@ impl Pairs {
         Names {
             functions: self.functions().into_iter().map(function).collect(),
             variables: Some(self.iter().map(variable).collect()),
+            locals: old.inventory.locals().map(str::to_owned).collect(),
         }
     }
 
@@ -114,10 +115,36 @@ fn by_name(old: &Side, new: &Side, pairs: &mut Pairs) {
 
 fn functions_by_name(old: &Side, new: &Side, pairs: &mut Pairs) {
     for (index, function) in new.inventory.functions.iter().enumerate() {
-        if let Some(found) = old.inventory.function_named(&function.name) {
-            pairs.add_function(index, found);
+        for name in [&function.name].into_iter().chain(&function.names) {
+            if let Some(found) = old.inventory.function_named(name) {
+                pairs.add_function(index, found);
+            }
         }
     }
+}
+
+/// Names that stand together for one function in one object and not in the other.
+pub(super) fn split_names(old: &Side, new: &Side, pairs: &Pairs) -> BTreeSet<String> {
+    let mut split = BTreeSet::new();
+    for (index, function) in new.inventory.functions.iter().enumerate() {
+        let paired = pairs.old_function_of(index);
+        let elsewhere = |name: &&String| {
+            let before = old.inventory.function_named(name);
+            before.is_some() && before != paired
+        };
+        split.extend(function.names.iter().filter(elsewhere).cloned());
+        if let Some(before) = paired {
+            split.extend(differing(&function.names, &old.function(before).names));
+        }
+    }
+    split
+}
+
+/// A clone may be numbered otherwise.
+fn differing(ours: &BTreeSet<String>, theirs: &BTreeSet<String>) -> Vec<String> {
+    let alone = ours.len() == 1 && theirs.len() == 1;
+    let differing = ours.symmetric_difference(theirs).filter(|_| !alone);
+    differing.cloned().collect()
 }
 
 /// Clones that only one side has by their name: those of one function and kind, if each side has as many left.

@@ -92,6 +92,12 @@ impl NewResolver<'_, '_> {
             }
             return Some((self.own_of(unit, thing), distance));
         }
+        if self.unit.names.locals.contains(&name) {
+            let reason =
+                "the old object has its own of this name, and the new one uses another file's";
+            self.refuse(&name, reason);
+            return None;
+        }
         Some((self.collector.symbols.guest(&name), distance))
     }
 

@@ -1,6 +1,8 @@
 //! One file in both its versions, with what was found out about it: which things are the same, and what became of every
 //! function. Owns the order in which that is found out.
 
+use std::collections::BTreeSet;
+
 use super::compare::{self, Verdict};
 use super::exports::Exports;
 use super::key::Names;
@@ -47,6 +49,8 @@ impl Unit {
         let names = pairs.names(&old);
         let verdicts = compare::verdicts(&old, &new, &pairs, &names);
         let mut report = FileReport::new(pair);
+        refuse_ambiguous(&[&old, &new], &mut report);
+        refuse_split(&old, &new, &pairs, &mut report);
         layout::compare(pair, safe_types, &mut report);
         data::compare(&old, &new, &pairs, &mut report);
         residue::compare(&old, &new, &names, &mut report);
@@ -171,6 +175,38 @@ fn side(pair: &ObjectPair<'_>, version: Version) -> Result<Side, BuildError> {
         why,
     })?;
     Side::of(object)
+}
+
+/// What has one name with something else cannot be told from it, in the object or in the guest.
+fn refuse_ambiguous(sides: &[&Side], report: &mut FileReport) {
+    let names: BTreeSet<_> = sides
+        .iter()
+        .flat_map(|it| &it.inventory.ambiguous)
+        .collect();
+    for name in names {
+        report.refused.push(Refused {
+            name: name.clone(),
+            section: "symbols".to_owned(),
+            offset: None,
+            reason: "the object has several things of this name, as one that was linked of others; give \
+                     those"
+                .to_owned(),
+        });
+    }
+}
+
+/// What calls an alias by one name cannot be led elsewhere than what calls it by another.
+fn refuse_split(old: &Side, new: &Side, pairs: &Pairs, report: &mut FileReport) {
+    for name in pair::split_names(old, new, pairs) {
+        report.refused.push(Refused {
+            name,
+            section: "symbols".to_owned(),
+            offset: None,
+            reason:
+                "it shares a function with other names in one of the versions and not in the other"
+                    .to_owned(),
+        });
+    }
 }
 
 /// Records what became of every function that is not brought.
