@@ -48,13 +48,20 @@ pub(crate) fn build(tool: &Tool, product: &str, kernel: &Kernel, entry: &Entry) 
         product.as_bytes(),
         &diff,
         kernel.source.as_os_str().as_encoded_bytes(),
+        &fs::read(&kernel.config)
+            .with_context(|| format!("cannot read {}", kernel.config.display()))?,
     ]);
     let (stamp, log) = (dir.join("stamp"), dir.join("build.json"));
     if fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == made_of)
         && let Ok(text) = fs::read(&log)
+        && let Ok(built) = serde_json::from_slice::<Built>(&text)
+        && (!built.is_patch() || patch(entry)?.exists())
     {
-        return serde_json::from_slice(&text)
-            .with_context(|| format!("cannot read {}", log.display()));
+        return Ok(built);
+    }
+    // What is there from now on may be of this run: an interrupted one must not be taken for that of before.
+    if stamp.exists() {
+        fs::remove_file(&stamp).with_context(|| format!("cannot remove {}", stamp.display()))?;
     }
     let built = now(tool, kernel, &entry.diff(), &patch(entry)?)?;
     publish::file(&log, &serde_json::to_vec_pretty(&built)?)?;

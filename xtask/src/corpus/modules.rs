@@ -1,11 +1,11 @@
 //! The modules of a stock kernel by name: where each lies in its package, and which others it wants loaded first. Read from the
 //! modules themselves, because Debian's package has no `modules.dep`: that is made where it is installed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::manifest::Guest;
 use crate::packages;
@@ -17,6 +17,8 @@ pub(crate) struct Modules<'a> {
     tree: PathBuf,
     /// Path below `kernel/`, without its ending, of each name.
     places: BTreeMap<String, String>,
+    /// Names of what would be modules and is linked into the kernel (`modules.builtin`).
+    linked_in: BTreeSet<String>,
 }
 
 /// A module, uncompressed.
@@ -31,20 +33,34 @@ pub(crate) struct Module {
 impl<'a> Modules<'a> {
     /// Lists those of the guest's image package, unpacked at `tree`.
     pub(crate) fn of(guest: &'a Guest, tree: PathBuf) -> Result<Self> {
-        let root = tree.join(format!("lib/modules/{}/kernel", guest.release()));
+        let home = tree.join(format!("lib/modules/{}", guest.release()));
+        let root = home.join("kernel");
+        let builtin = home.join("modules.builtin");
+        let builtin = fs::read_to_string(&builtin)
+            .with_context(|| format!("cannot read {}", builtin.display()))?;
+        let linked_in = builtin
+            .lines()
+            .filter_map(|line| named(Path::new(""), Path::new(line)));
+        let linked_in = linked_in.map(|(name, _)| name).collect();
         let mut places = BTreeMap::new();
         list(&root, &root, &mut places)?;
         Ok(Self {
             guest,
             tree,
             places,
+            linked_in,
         })
     }
 
     /// These modules and all that they want, each after what it wants. What the kernel has linked in is left out.
+    ///
+    /// # Errors
+    /// A name that is neither of a module nor of what is linked in.
     pub(crate) fn with_dependencies(&self, names: &[String]) -> Result<Vec<Module>> {
         let mut order = Vec::new();
         for name in names {
+            let is_known = self.places.contains_key(name) || self.linked_in.contains(name);
+            ensure!(is_known, "{} has no module `{name}`", self.guest.release());
             self.add(name, &mut order)?;
         }
         Ok(order)

@@ -68,6 +68,8 @@ pub(crate) struct Outcome {
     pub link_verify_ms: f64,
     /// How long the guest stood still for the apply, in microseconds.
     pub stop_us: f64,
+    /// `check` said no, by its exit code.
+    pub refused: bool,
     /// What went another way than hoped: the first thing, in full.
     pub trouble: Option<String>,
 }

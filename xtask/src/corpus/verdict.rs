@@ -96,14 +96,13 @@ fn patchable(entry: &Entry, built: &Built, outcome: Option<&Outcome>) -> Verdict
 
 /// A refusal counts where it is made when the patch is built or when it is checked against a guest.
 fn refusal(reason: &str, expected: Verdict, built: &Built, outcome: Option<&Outcome>) -> Verdict {
-    let told = match (
-        built.is_patch(),
-        outcome.and_then(|seen| seen.trouble.as_ref()),
-    ) {
+    let trouble = outcome.and_then(|seen| seen.trouble.as_ref().map(|it| (seen.refused, it)));
+    let told = match (built.is_patch(), trouble) {
         (false, _) if built.code == Some(REFUSED) => built.reason(),
-        (true, Some(trouble)) => trouble.clone(),
-        (true, None) => return Verdict::Wrong("not refused".to_owned()),
         (false, _) => return Verdict::Wrong(format!("failed: {}", built.reason())),
+        (true, Some((true, trouble))) => trouble.clone(),
+        (true, Some((false, trouble))) => return Verdict::Wrong(format!("failed: {trouble}")),
+        (true, None) => return Verdict::Wrong("not refused".to_owned()),
     };
     if told.contains(reason) {
         expected
@@ -183,7 +182,10 @@ pub(crate) fn line(entries: &[Entry], built: &[Built], outcomes: &[Outcome], row
     let count =
         |wanted: fn(&Verdict) -> bool| rows.iter().filter(|row| wanted(&row.verdict)).count();
     let wrong = count(|verdict| matches!(verdict, Verdict::Wrong(_)));
-    let through = count(|verdict| matches!(verdict, Verdict::Through { .. } | Verdict::Built));
+    let good = |row: &&Row| matches!(row.verdict, Verdict::Through { .. } | Verdict::Built);
+    let judged = entries.iter().zip(rows);
+    let through = judged.filter(|(entry, row)| entry.is_patchable() && good(row));
+    let through = through.count();
     let enough = through as f64 >= ENOUGH * patchable.len() as f64;
     Line {
         corpus: if wrong == 0 && enough { "pass" } else { "fail" },
@@ -267,9 +269,17 @@ mod tests {
         ));
         let at_check = Outcome {
             trouble: Some("check: layout of x".to_owned()),
+            refused: true,
             ..Outcome::default()
         };
         assert_eq!(verdict(&built(0, ""), Some(&at_check)), Verdict::Refused);
+        // Any other trouble is none, whatever it says.
+        let other = Outcome {
+            refused: false,
+            ..at_check
+        };
+        let wrong = verdict(&built(0, ""), Some(&other));
+        assert!(matches!(wrong, Verdict::Wrong(_)), "{wrong:?}");
     }
 
     #[test]
@@ -283,6 +293,19 @@ mod tests {
         let rows = [row(&entries[0], &good[0], None)];
         let fail = line_of(&rows, &[]);
         assert!(!fail.passes() && fail.wrong == 1);
+    }
+
+    #[test]
+    fn what_must_be_refused_and_is_only_built_lifts_no_share() {
+        let mut entries = vec![entry(Expected::Patchable); 2];
+        entries[0] = entry(Expected::Refused("layout".to_owned()));
+        let built = [built(0, ""), built(3, "why not")];
+        let rows: Vec<_> = entries
+            .iter()
+            .zip(&built)
+            .map(|(entry, built)| Row::only_built(entry, built))
+            .collect();
+        assert!(!line(&entries, &built, &[], &rows).passes());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use vmpatch_testkit::{Answer, Boot, Guest, Image, Tool};
 
+use crate::corpus::build::REFUSED;
 use crate::corpus::plan::{self, Line, Outcome, Plan, Trial};
 use crate::corpus::{Probe, ramdisk};
 
@@ -34,7 +35,9 @@ pub(super) fn run(out: &Path) -> Result<i32> {
         Line::Begun(trial.name.clone()).add(out)?;
         let outcome = try_one(&mut live, trial);
         println!("# {} {}", outcome.name, told(&outcome));
-        let lives = outcome.trouble.is_none() || is_well(&mut live);
+        // One that was left in would be in the way of the next, and of what is told of it.
+        let is_clean = outcome.applied == outcome.rolled_back;
+        let lives = is_clean && (outcome.trouble.is_none() || is_well(&mut live));
         Line::Ended(Box::new(outcome)).add(out)?;
         guest = lives.then_some(live);
     }
@@ -91,7 +94,9 @@ fn steps(guest: &mut Guest, trial: &Trial, outcome: &mut Outcome) -> Result<()> 
         }
         expect(guest, trial, probe, "before apply", &probe.before)?;
     }
-    let checked = call(guest, &["check", patch, "--timeout", "60s"])?;
+    let checked = guest.call(&["check", patch, "--timeout", "60s"])?;
+    outcome.refused = checked.code == Some(REFUSED);
+    let checked = done("check", checked)?;
     outcome.verified = true;
     outcome.functions = checked.json["functions"].as_array().map_or(0, Vec::len);
     outcome.link_verify_ms = super::link_verify_ms(&checked);
@@ -100,7 +105,7 @@ fn steps(guest: &mut Guest, trial: &Trial, outcome: &mut Outcome) -> Result<()> 
     }
     let applied = call(guest, &["apply", patch, "--timeout", "60s"])?;
     outcome.applied = true;
-    outcome.stop_us = applied.number("stop_window_us")?;
+    outcome.stop_us = applied.number("stop_window_us").unwrap_or_default();
     let seen = match &trial.probe {
         Some(probe) => expect(guest, trial, probe, "after apply", &probe.after),
         None => Ok(()),
@@ -126,12 +131,15 @@ fn load(guest: &mut Guest, trial: &Trial) -> Result<()> {
 }
 
 fn call(guest: &Guest, words: &[&str]) -> Result<Answer> {
-    let answer = guest.call(words)?;
+    done(words[0], guest.call(words)?)
+}
+
+fn done(verb: &str, answer: Answer) -> Result<Answer> {
     if answer.code != Some(0) {
         let reason = answer.json["reason"]
             .as_str()
             .unwrap_or(answer.stderr.trim());
-        bail!("{}: exit code {:?}: {reason}", words[0], answer.code);
+        bail!("{verb}: exit code {:?}: {reason}", answer.code);
     }
     Ok(answer)
 }
