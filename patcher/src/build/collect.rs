@@ -309,10 +309,18 @@ impl<'a> Filler<'_, 'a> {
     fn refuse_unfit(&mut self, function: usize) {
         let (new, old) = (&self.unit.new, &self.unit.old);
         let it = new.function(function);
-        if let Err(reason) = policy::code(&new.home_of(function).name) {
+        let before = self.unit.pairs.old_function_of(function);
+        let homes = [
+            Some(new.home_of(function)),
+            before.map(|at| old.home_of(at)),
+        ];
+        let unfit = homes
+            .into_iter()
+            .flatten()
+            .find_map(|it| policy::code(&it.name).err());
+        if let Some(reason) = unfit {
             self.refuse(function, None, reason);
         }
-        let before = self.unit.pairs.old_function_of(function);
         let before = before.map(|at| &old.code[at]);
         for view in before.into_iter().chain([&new.code[function]]) {
             if let Some(at) = view.instructions.undecodable_at {

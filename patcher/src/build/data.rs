@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use super::class::Class;
 use super::exports;
 use super::key::{self, Content, Names, is_numbered_constant};
 use super::pair::Pairs;
@@ -39,15 +40,21 @@ impl Comparison<'_> {
         let mut pairs: Vec<_> = self.pairs.iter().collect();
         pairs.sort_unstable();
         for (ours, theirs) in pairs {
-            let section = &self
-                .new
-                .object
-                .section(self.new.variable(ours).section)
-                .name;
-            if policy::is_no_data(section) || self.same(ours, theirs) {
+            let (before, after) = (
+                self.old.home_of_variable(theirs),
+                self.new.home_of_variable(ours),
+            );
+            let (section, name) = (&after.name, &self.new.variable(ours).name);
+            if policy::is_no_data(section) {
                 continue;
             }
-            let name = &self.new.variable(ours).name;
+            if let Some(reason) = Class::of(before).cannot_be(Class::of(after)) {
+                record(report, name, section, reason);
+                continue;
+            }
+            if self.same(ours, theirs) {
+                continue;
+            }
             record(
                 report,
                 name,

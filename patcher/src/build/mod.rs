@@ -9,6 +9,7 @@
 //! ```
 
 mod callback;
+mod class;
 mod collect;
 mod compare;
 mod data;

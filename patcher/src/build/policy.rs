@@ -6,6 +6,8 @@ use super::special::Special;
 
 /// The section of the descriptors of pr_debug.
 pub(super) const DYNAMIC_DEBUG: &str = "__dyndbg";
+/// How the sections of per-CPU variables begin.
+pub(super) const PER_CPU: &str = ".data..percpu";
 
 /// What names callbacks: a section for each kind, by the macros of `vmpatch/callbacks.h`.
 pub(super) const CALLBACKS: &str = ".vmpatch.callbacks.";
@@ -45,9 +47,7 @@ pub(super) fn new_data(section: &str) -> Result<(), &'static str> {
     match section {
         ".data" | ".bss" | ".rodata" => Ok(()),
         _ if SPECIAL_BUT_PLAIN.contains(&section) => Ok(()),
-        _ if section.starts_with(".data..percpu") => {
-            Err("new per-CPU variables cannot be brought yet")
-        }
+        _ if section.starts_with(PER_CPU) => Err("new per-CPU variables cannot be brought yet"),
         _ if section.starts_with(".data..") || section.starts_with(".bss..") => {
             Err("variables of this section cannot be brought yet")
         }

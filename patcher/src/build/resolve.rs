@@ -112,12 +112,14 @@ impl NewResolver<'_, '_> {
             Verdict::Changed(_) if calls || is_inside => {
                 Some((self.own(Thing::Function(function)), distance))
             }
-            _ if policy::is_init(&new.home_of(function).name) => {
-                let section = new.home_of(function).name.clone();
-                self.refuse(&section, "it refers to code that is gone after boot");
-                None
-            }
             _ => {
+                let before = self.unit.pairs.old_function_of(function);
+                let home = before.map_or(new.home_of(function), |at| self.unit.old.home_of(at));
+                if policy::is_init(&home.name) {
+                    let section = home.name.clone();
+                    self.refuse(&section, "it refers to code that is gone after boot");
+                    return None;
+                }
                 let found = self.unit.names.functions.get(&function);
                 let name = found.unwrap_or(&it.name);
                 Some((self.collector.symbols.guest(name), distance))
@@ -139,8 +141,9 @@ impl NewResolver<'_, '_> {
             return Some((self.own(Thing::Variable(variable)), distance));
         }
         if let Some(before) = self.unit.pairs.old_of(variable) {
-            if policy::is_init(&section) {
-                self.refuse(&section, "it refers to data that is gone after boot");
+            let home = &old.home_of_variable(before).name;
+            if policy::is_init(home) {
+                self.refuse(home, "it refers to data that is gone after boot");
                 return None;
             }
             return Some((

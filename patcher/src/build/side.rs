@@ -63,6 +63,11 @@ impl Side {
         self.object.section(self.function(function).section)
     }
 
+    /// The section a variable is in.
+    pub(super) fn home_of_variable(&self, variable: usize) -> &Section {
+        self.object.section(self.variable(variable).section)
+    }
+
     /// The bytes of a function.
     pub(super) fn function_bytes(&self, index: usize) -> &[u8] {
         bytes_of(&self.object, self.function(index))

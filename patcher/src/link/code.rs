@@ -58,6 +58,9 @@ pub enum Obstacle {
         /// How many.
         count: usize,
     },
+    /// What it names is gone.
+    #[error("`{0}` lies in init memory, which the guest frees after its start")]
+    Init(String),
     /// It names bytes of the old object, which have no address.
     #[error("new code refers to bytes of the old object's {0}")]
     OldBytes(String),
@@ -102,8 +105,10 @@ impl Context<'_> {
             names,
             learned,
             placement,
+            live,
             ..
         } = self;
+        let name = || names.name(index).to_owned();
         match names.symbol(index) {
             Some(Symbol::Own {
                 section, offset, ..
@@ -114,13 +119,15 @@ impl Context<'_> {
                     .ok_or(Obstacle::Site("no such section"))
             }
             Some(Symbol::OldBytes { section, .. }) => Err(Obstacle::OldBytes(section.clone())),
-            _ => names.value(learned, index).ok_or_else(|| {
-                let name = names.name(index).to_owned();
-                match names.count(index) {
-                    0 => Obstacle::Absent(name),
-                    count => Obstacle::Ambiguous { name, count },
-                }
-            }),
+            _ => match (names.value(learned, index), names.count(index)) {
+                (Some(at), _) if live.is_init(at) => Err(Obstacle::Init(name())),
+                (Some(at), _) => Ok(at),
+                (None, 0) => Err(Obstacle::Absent(name())),
+                (None, count) => Err(Obstacle::Ambiguous {
+                    name: name(),
+                    count,
+                }),
+            },
         }
     }
 }
@@ -367,6 +374,7 @@ mod tests {
     use super::*;
     use crate::arena::Extent;
     use crate::patch::{RelocationKind, Requirement};
+    use vmpatch_introspect::GvaRange;
 
     const HELPER: Gva = Gva(0xffff_ffff_8100_4000);
 
@@ -420,6 +428,11 @@ mod tests {
         live.name("twice", HELPER);
         live.name("twice", Gva(HELPER.0 + 64));
         live.name("__x86_return_thunk", Gva(HELPER.0 + 128));
+        live.name("early", Gva(HELPER.0 + 0x2000));
+        live.init(GvaRange {
+            start: Gva(HELPER.0 + 0x1000),
+            end: Gva(HELPER.0 + 0x2001),
+        });
         let shape = Shape::of(patch, 0);
         let extent = Extent {
             page: 0,
@@ -479,6 +492,12 @@ mod tests {
         };
         let old = linked(&patch(vec![bytes, guest("helper")], Vec::new()));
         assert!(matches!(old, Err(Obstacle::OldBytes(_))));
+    }
+
+    #[test]
+    fn what_the_guest_has_freed_since_its_start_is_refused() {
+        let early = linked(&patch(vec![guest("early"), guest("helper")], Vec::new()));
+        assert_eq!(early, Err(Obstacle::Init("early".into())));
     }
 
     #[test]

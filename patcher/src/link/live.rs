@@ -38,6 +38,11 @@ pub trait Live {
     /// A name for an address, for messages: `vfs_read+0x12`.
     fn describe(&self, at: Gva) -> String;
 
+    /// Whether what lies there is freed once the guest, or a module, has started.
+    fn is_init(&self, _at: Gva) -> bool {
+        false
+    }
+
     /// The address of a name that has just one.
     fn unique(&self, name: &str) -> Option<Gva> {
         match *self.named(name) {
@@ -210,6 +215,12 @@ impl Live for Guest<'_> {
     fn physical(&self, at: Gva) -> Result<Gpa, ReadError> {
         let found = self.memory.space.translate(self.memory.physical, at)?;
         found.map(|it| it.at).ok_or(ReadError::NotMapped(at))
+    }
+
+    fn is_init(&self, at: Gva) -> bool {
+        let of_modules = self.modules.iter().map(|module| module.init_text);
+        let mut all = of_modules.chain([self.kernel.layout.init]).flatten();
+        all.any(|init| init.contains(at))
     }
 
     fn describe(&self, at: Gva) -> String {

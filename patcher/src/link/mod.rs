@@ -30,7 +30,7 @@ pub use plan::{LinkError, Plan};
 pub(crate) mod tests {
     use std::collections::BTreeMap;
 
-    use vmpatch_introspect::{Gpa, Gva, ReadError};
+    use vmpatch_introspect::{Gpa, Gva, GvaRange, ReadError};
 
     use super::boot::returns::Returns;
     use super::boot::{Facts, Rules};
@@ -58,6 +58,7 @@ pub(crate) mod tests {
         /// Object, name, address.
         names: Vec<(String, String, Gva)>,
         bytes: BTreeMap<u64, u8>,
+        init: Option<GvaRange>,
     }
 
     impl Fake {
@@ -73,6 +74,10 @@ pub(crate) mod tests {
             self.names.push((object.to_owned(), name.to_owned(), at));
         }
 
+        pub(crate) fn init(&mut self, range: GvaRange) {
+            self.init = Some(range);
+        }
+
         pub(crate) fn put(&mut self, at: Gva, bytes: &[u8]) {
             for (offset, byte) in bytes.iter().enumerate() {
                 self.bytes.insert(at.0 + offset as u64, *byte);
@@ -81,6 +86,10 @@ pub(crate) mod tests {
     }
 
     impl Live for Fake {
+        fn is_init(&self, at: Gva) -> bool {
+            self.init.is_some_and(|init| init.contains(at))
+        }
+
         fn named(&self, name: &str) -> Vec<Gva> {
             self.defined_in(VMLINUX, name)
         }
