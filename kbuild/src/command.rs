@@ -1,5 +1,6 @@
 //! Running other programs to their end: their output is kept back, its end shown if they fail.
 
+use std::ffi::OsStr;
 use std::process::{Command, Output, Stdio};
 
 use crate::error::BuildError;
@@ -9,6 +10,26 @@ const LAST_WORDS: usize = 25;
 
 /// How many errors that were told before.
 const ERRORS: usize = 10;
+
+/// What of the environment is handed on to what makes code: where programs, their libraries and their files are. Whatever else
+/// is set may be a flag to a compiler or to the kernel's makefiles (KCPPFLAGS, CPATH, LLVM, …), and is not the kernel's.
+const HANDED_ON: [&str; 5] = [
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "PKG_CONFIG_PATH",
+];
+
+/// A command that sees nothing else of the environment.
+pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    let handed_on = HANDED_ON
+        .iter()
+        .filter_map(|name| std::env::var_os(name).map(|it| (name, it)));
+    command.env_clear().envs(handed_on);
+    command
+}
 
 /// Runs to the end, whatever comes of it.
 pub(crate) fn finish(command: &mut Command) -> Result<Output, BuildError> {
@@ -48,6 +69,19 @@ pub fn last_words(output: &Output) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_flag_of_whoever_calls_reaches_what_makes_code() {
+        // Set by whatever runs the tests.
+        assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
+        let told = finish(&mut plain("env")).unwrap();
+        let told = String::from_utf8(told.stdout).unwrap();
+        let names = told.lines().filter_map(|line| line.split_once('='));
+        let names: Vec<_> = names.map(|(name, _)| name).collect();
+        assert!(names.contains(&"PATH"), "{told}");
+        let known = |name: &&str| HANDED_ON.contains(name) || *name == "LC_ALL";
+        assert!(names.iter().all(known), "{told}");
+    }
 
     #[test]
     fn errors_are_told_however_much_was_said_after_them() {

@@ -1,8 +1,6 @@
 //! The compiler that the kernel was built with: another one makes other code of the same source, and a patch built
 //! with it replaces functions by others that were never tested together.
 
-use std::process::Command;
-
 use crate::command;
 use crate::error::BuildError;
 
@@ -26,7 +24,7 @@ impl Compiler {
         if !program.contains("gcc") || program.contains('/') {
             return Err(BuildError::OtherCompiler(wanted.to_owned()));
         }
-        let Ok(output) = command::finish(Command::new(&program).arg("--version")) else {
+        let Ok(output) = command::finish(command::plain(&program).arg("--version")) else {
             let wanted = wanted.to_owned();
             return Err(BuildError::CompilerMissing { wanted, program });
         };

@@ -1,15 +1,20 @@
 //! The diff of a fix: which files it changes, and which of them matter to the running kernel. Does not apply it;
 //! `patch` does.
 
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::fmt;
-use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
+
+use crate::hunk::{self, Hunk};
 
 /// A unified diff, as `git format-patch`, `git diff` and `diff -u` write it, with one folder before each path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diff {
     /// What it does to the files that count.
     text: Vec<u8>,
+    /// The same, file by file.
+    changes: Vec<(PathBuf, Vec<Hunk>)>,
     /// Files that are compiled, or included by those that are, relative to the root of the source.
     compiled: Vec<PathBuf>,
     /// Headers.
@@ -34,7 +39,7 @@ pub enum DiffError {
         /// What was expected.
         what: &'static str,
     },
-    /// A path leads out of the source, or is no path.
+    /// A path leads out of the source, or is none that the kernel's build can be asked about.
     #[error("line {line} of the diff names {path:?}, which is no path within a source")]
     Path {
         /// From 1.
@@ -69,6 +74,13 @@ impl fmt::Display for Files<'_> {
     }
 }
 
+/// Whether a path has only what the kernel's own have, which a makefile and a command take as it stands.
+pub(crate) fn is_plain(path: &Path) -> bool {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._,+@-/".contains(byte);
+    let option = |part: Component<'_>| part.as_os_str().as_encoded_bytes().starts_with(b"-");
+    path.as_os_str().as_encoded_bytes().iter().all(plain) && !path.components().any(option)
+}
+
 /// What a file is to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -78,6 +90,8 @@ pub(crate) enum Part {
     Header,
     /// Code that is no part of the kernel's text: it runs before the kernel, or in user space.
     Apart,
+    /// Lies among the tools, and the kernel is made of it.
+    Linked,
     /// Tells how it is built.
     Rule,
     /// No part of it.
@@ -94,11 +108,30 @@ const APART: [&str; 7] = [
     "drivers/firmware/efi/libstub",
     "include/vdso",
 ];
-/// Files in them that are part of the kernel all the same (Linux v6.12 arch/x86/entry/vdso/Makefile, obj-y).
-const NOT_APART: [&str; 2] = ["arch/x86/entry/vdso/extable.c", "arch/x86/entry/vdso/vma.c"];
+/// Files in them that are part of the kernel all the same (Linux v6.12 arch/x86/entry/vdso/Makefile, obj-y and
+/// obj-$(CONFIG_COMPAT_32)).
+const NOT_APART: [&str; 4] = [
+    "arch/x86/entry/vdso/extable.c",
+    "arch/x86/entry/vdso/extable.h",
+    "arch/x86/entry/vdso/vdso32-setup.c",
+    "arch/x86/entry/vdso/vma.c",
+];
+/// Files of the tools that the kernel's own include (Linux v6.12 kernel/bpf/relo_core.c, btf_iter.c, btf_relocate.c, btf.c).
+const LINKED: [&str; 4] = [
+    "tools/lib/bpf/btf_iter.c",
+    "tools/lib/bpf/btf_relocate.c",
+    "tools/lib/bpf/relo_core.c",
+    "tools/lib/bpf/relo_core.h",
+];
+/// A table of instructions is made of it (Linux v6.12 arch/x86/lib/Makefile, inat_tables_maps).
+const TABLE: &str = "arch/x86/lib/x86-opcode-map.txt";
 
 impl Part {
     pub(crate) fn of(path: &Path) -> Self {
+        let is_one = |names: &[&str]| names.iter().any(|it| path == Path::new(it));
+        if is_one(&LINKED) {
+            return Self::Linked;
+        }
         let mut parts = path
             .components()
             .map(|part| part.as_os_str().to_string_lossy());
@@ -116,13 +149,11 @@ impl Part {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let ending = path.extension().unwrap_or_default().to_string_lossy();
         match &*ending {
-            "c" | "S" | "h" if apart && !NOT_APART.iter().any(|it| path == Path::new(it)) => {
-                Self::Apart
-            }
+            "c" | "S" | "h" if apart && !is_one(&NOT_APART) => Self::Apart,
             "c" => Self::Source,
             "S" if !name.ends_with(".lds.S") => Self::Source,
             "h" => Self::Header,
-            "rst" | "txt" | "yaml" | "md" => Self::None,
+            "rst" | "txt" | "yaml" | "md" if !is_one(&[TABLE]) => Self::None,
             _ => Self::Rule,
         }
     }
@@ -140,40 +171,48 @@ impl Diff {
     /// # Errors
     /// [`DiffError`].
     pub fn parse(text: &[u8]) -> Result<Self, DiffError> {
-        let (text, changes) = changes(text)?;
+        let changes = changes(&without_returns(text))?;
         if changes.is_empty() {
             return Err(DiffError::Empty);
         }
         let (mut compiled, mut ignored) = (Vec::new(), Vec::new());
         let (mut headers, mut rules, mut moved) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut apart, mut kept) = (Vec::new(), Vec::new());
-        for Change { old, new, lines } in changes {
+        let (mut apart, mut linked) = (Vec::new(), Vec::new());
+        let (mut kept, mut kept_changes) = (Vec::new(), Vec::new());
+        for Change { old, new, hunks } in changes {
             let (path, whole) = match (old, new) {
                 (Side::File(old), Side::File(new)) if old == new => (new, false),
                 (Side::File(path), _) | (Side::Absent, Side::File(path)) => (path, true),
                 (Side::Absent, Side::Absent) => continue,
             };
-            match Part::of(&path) {
+            let list = match Part::of(&path) {
                 Part::None => {
                     ignored.push(path);
                     continue;
                 }
-                Part::Apart => apart.push(path),
-                _ if whole => moved.push(path),
-                Part::Source => compiled.push(path),
-                Part::Header => headers.push(path),
-                Part::Rule => rules.push(path),
-            }
-            for line in text.get(lines).into_iter().flatten() {
-                kept.extend_from_slice(line);
-                kept.push(b'\n');
-            }
+                Part::Apart => &mut apart,
+                Part::Linked => &mut linked,
+                _ if whole => &mut moved,
+                Part::Source => &mut compiled,
+                Part::Header => &mut headers,
+                Part::Rule => &mut rules,
+            };
+            list.push(path.clone());
+            // Heads of our own: what else stands in one, such as a time, has a meaning to `patch` too.
+            let head = format!("--- a/{0}\n+++ b/{0}\n", path.display());
+            kept.extend_from_slice(head.as_bytes());
+            hunks.iter().for_each(|hunk| hunk.write(&mut kept));
+            kept_changes.push((path, hunks));
         }
         for (files, why) in [
             (moved, "files that come, go or move are not understood yet"),
             (
                 apart,
                 "this runs before the kernel, or in user space, and is no part of the kernel's text",
+            ),
+            (
+                linked,
+                "the kernel is made of this too, in a way that is not understood yet",
             ),
             (rules, "how the kernel is built cannot change yet"),
         ] {
@@ -190,6 +229,7 @@ impl Diff {
         }
         Ok(Self {
             text: kept,
+            changes: kept_changes,
             compiled,
             headers,
             ignored,
@@ -200,6 +240,17 @@ impl Diff {
     #[must_use]
     pub fn text(&self) -> &[u8] {
         &self.text
+    }
+
+    /// The same, file by file in its order.
+    pub(crate) fn changes(&self) -> &[(PathBuf, Vec<Hunk>)] {
+        &self.changes
+    }
+
+    /// All files that are changed by [`Self::text`], sorted.
+    pub(crate) fn files(&self) -> BTreeSet<&Path> {
+        let files = self.compiled.iter().chain(&self.headers);
+        files.map(PathBuf::as_path).collect()
     }
 
     /// The headers, sorted, relative to the root of the source.
@@ -225,100 +276,43 @@ impl Diff {
 struct Change {
     old: Side,
     new: Side,
-    /// Its lines in the diff, from 0.
-    lines: Range<usize>,
+    hunks: Vec<Hunk>,
 }
 
-/// The lines of a diff, and each file's change in its order.
-fn changes(text: &[u8]) -> Result<(Vec<&[u8]>, Vec<Change>), DiffError> {
+/// A text without the carriage returns that a mailer put at the end of every line.
+fn without_returns(text: &[u8]) -> Cow<'_, [u8]> {
+    let lines = || text.split_inclusive(|byte| *byte == b'\n');
+    let bare = |line: &[u8]| line.strip_suffix(b"\r\n").map(<[u8]>::to_vec);
+    match lines().map(bare).collect::<Option<Vec<_>>>() {
+        Some(bare) => Cow::Owned(bare.join(&b'\n')),
+        None => Cow::Borrowed(text),
+    }
+}
+
+/// Each file's change in its order. What stands around them is passed over, where it cannot be taken for a part of one.
+fn changes(text: &[u8]) -> Result<Vec<Change>, DiffError> {
     let mut found: Vec<Change> = Vec::new();
-    let text = text.strip_suffix(b"\n").unwrap_or(text);
-    let all: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
-    let mut lines = (1..).zip(all.iter().copied());
+    let mut lines = hunk::Lines::of(text);
     while let Some((number, line)) = lines.next() {
-        let malformed = |line, what| DiffError::Malformed { line, what };
-        if line.starts_with(b"@@ ") {
-            let last = skip_hunk(number, line, &mut lines)?;
-            if let Some(change) = found.last_mut() {
-                change.lines.end = last;
-            }
-        } else if line.starts_with(b"\\ ") {
-            // "No newline at end of file", of the last line of a hunk.
-            if let Some(change) = found.last_mut() {
-                change.lines.end = number;
-            }
-        } else if line.starts_with(b"GIT binary patch") || line.starts_with(b"Binary files ") {
-            return Err(malformed(number, "a change of a binary file is no text"));
-        } else if let Some(old) = line.strip_prefix(b"--- ") {
+        let malformed = |what| DiffError::Malformed { line: number, what };
+        if let Some(old) = line.strip_prefix(b"--- ") {
             // Also the line that ends the text of a mail.
-            let next = lines.next();
-            let Some((at, new)) =
-                next.and_then(|(at, next)| Some((at, next.strip_prefix(b"+++ ")?)))
-            else {
-                continue;
-            };
-            found.push(Change {
-                old: side(number, old)?,
-                new: side(at, new)?,
-                lines: number - 1..at,
-            });
+            if let Some((at, new)) = lines.next_with(b"+++ ") {
+                let (old, new) = (side(number, old)?, side(at, new)?);
+                let hunks = hunk::all(at, &mut lines)?;
+                found.push(Change { old, new, hunks });
+            }
+        } else if line.starts_with(b"@@ -") {
+            return Err(malformed("a hunk stands apart from the head of its file"));
+        } else if line.starts_with(b"GIT binary patch") || line.starts_with(b"Binary files ") {
+            return Err(malformed("a change of a binary file is no text"));
         } else if line.starts_with(b"rename from ") || line.starts_with(b"copy from ") {
             return Err(malformed(
-                number,
                 "a file that is moved or copied is not understood yet",
             ));
         }
     }
-    Ok((all, found))
-}
-
-/// Passes over the lines of a hunk, which may look like anything. Returns the number of the last.
-fn skip_hunk<'a>(
-    number: usize,
-    head: &[u8],
-    lines: &mut impl Iterator<Item = (usize, &'a [u8])>,
-) -> Result<usize, DiffError> {
-    let malformed = |line, what| DiffError::Malformed { line, what };
-    let counts = hunk(head)
-        .ok_or_else(|| malformed(number, "a hunk begins with `@@ -LINE,COUNT +LINE,COUNT @@`"))?;
-    let [mut old, mut new] = counts;
-    let mut last = number;
-    while old > 0 || new > 0 {
-        let end = malformed(last, "the diff ends within a hunk");
-        let (at, line) = lines.next().ok_or(end)?;
-        last = at;
-        let (of_old, of_new) = match line.first() {
-            // A mailer may have stripped the blank of an empty line.
-            Some(b' ') | None => (1, 1),
-            Some(b'-') => (1, 0),
-            Some(b'+') => (0, 1),
-            Some(b'\\') => (0, 0),
-            Some(_) => {
-                return Err(malformed(
-                    at,
-                    "a line of a hunk begins with a blank, `+` or `-`",
-                ));
-            }
-        };
-        let left = |count: u32, used| count.checked_sub(used);
-        (old, new) = left(old, of_old)
-            .zip(left(new, of_new))
-            .ok_or_else(|| malformed(at, "a hunk has more lines than its head says"))?;
-    }
-    Ok(last)
-}
-
-/// Lines of the old and of the new side.
-fn hunk(head: &[u8]) -> Option<[u32; 2]> {
-    let text = str::from_utf8(head.get(..head.len().min(128))?).ok()?;
-    let mut words = text.split(' ').skip(1);
-    let count = |word: &str, sign| {
-        let range = word.strip_prefix(sign)?;
-        range
-            .split_once(',')
-            .map_or(Some(1), |(_, count)| count.parse().ok())
-    };
-    Some([count(words.next()?, '-')?, count(words.next()?, '+')?])
+    Ok(found)
 }
 
 fn side(line: usize, text: &[u8]) -> Result<Side, DiffError> {
@@ -334,7 +328,9 @@ fn side(line: usize, text: &[u8]) -> Result<Side, DiffError> {
             .all(|part| matches!(part, Component::Normal(_)))
             && !path.as_os_str().is_empty()
     };
-    match inside.filter(normal) {
+    // What is no part of the kernel is only told.
+    let usable = |path: &PathBuf| is_plain(path) || Part::of(path) == Part::None;
+    match inside.filter(|path| normal(path) && usable(path)) {
         Some(path) if !name.starts_with('/') => Ok(Side::File(path)),
         _ => Err(DiffError::Path {
             line,
@@ -387,7 +383,7 @@ diff --git a/Documentation/a.rst b/Documentation/a.rst
         assert_eq!(diff.ignored(), [PathBuf::from("Documentation/a.rst")]);
         let text = str::from_utf8(diff.text()).unwrap();
         assert!(
-            text.starts_with("--- a/fs/a.c\n+++ b/fs/a.c\t2026-01-01\n@@ "),
+            text.starts_with("--- a/fs/a.c\n+++ b/fs/a.c\n@@ "),
             "{text}"
         );
         assert!(text.ends_with("\n++++ b/not/a.c\n three\n"), "{text}");
@@ -439,10 +435,71 @@ diff --git a/Documentation/a.rst b/Documentation/a.rst
 
     #[test]
     fn a_path_out_of_the_source_is_refused() {
-        for path in ["a/../x.c", "/etc/x.c", "x.c", "a//x.c/../../y.c", "a/"] {
+        for path in [
+            "a/../x.c",
+            "/etc/x.c",
+            "x.c",
+            "a//x.c/../../y.c",
+            "a/",
+            // What means something to a makefile or to `make`.
+            "a/$(shell touch x)/x.c",
+            "a/fs/#x.c",
+            "a/fs:x.c",
+            "a/fs/%.c",
+            "a/fs/a x.c",
+            "a/-f/x.c",
+            "a/fs=/x.c",
+            "a/fs;/x.c",
+            "a/fs\\/x.c",
+        ] {
             let why = why(&of(path, path));
             assert!(why.contains("no path within"), "{path}: {why}");
         }
+    }
+
+    #[test]
+    fn paths_as_the_kernel_has_them_are_taken() {
+        for path in ["net/l3mdev/a,b.c", "a+b/c@d.c", "fs/x_y-z.c"] {
+            let diff = Diff::parse(of(&format!("a/{path}"), &format!("b/{path}")).as_bytes());
+            assert_eq!(diff.unwrap().compiled(), [PathBuf::from(path)]);
+        }
+        let board = "tools/testing/Dell Inc.,XPS.yaml";
+        let text = of("a/fs/a.c", "b/fs/a.c") + &of(&format!("a/{board}"), &format!("b/{board}"));
+        let diff = Diff::parse(text.as_bytes()).unwrap();
+        assert_eq!(diff.ignored(), [PathBuf::from(board)]);
+    }
+
+    #[test]
+    fn no_text_around_the_hunks_reaches_patch() {
+        let first = of("a/fs/a.c", "b/fs/a.c");
+        let second = of("a/fs/b.c", "b/fs/b.c");
+        let between = "*** x/fs/c.c\nIndex: fs/c.c\n--- a/fs/x.c\n1c1\n< a\n---\n> b\n";
+        // A head that no `+++` follows does not hide the one behind it.
+        let text = format!("{between}{first}{between}--- not\n{second}");
+        let diff = Diff::parse(text.as_bytes()).unwrap();
+        assert_eq!(
+            str::from_utf8(diff.text()),
+            Ok(&*format!("{first}{second}"))
+        );
+        let apart = format!("{first}\n@@ -9 +9 @@\n-a\n+b\n");
+        assert!(why(&apart).contains("apart from the head"), "{apart}");
+    }
+
+    #[test]
+    fn what_a_mailer_did_to_the_ends_of_lines_is_undone() {
+        let text = of("a/fs/a.c", "b/fs/a.c");
+        let diff = Diff::parse(text.replace('\n', "\r\n").as_bytes()).unwrap();
+        assert_eq!(str::from_utf8(diff.text()), Ok(&*text));
+    }
+
+    #[test]
+    fn what_the_kernel_is_made_of_is_not_taken_for_no_part_of_it() {
+        for path in LINKED.iter().chain([&TABLE]) {
+            let text = of("a/fs/a.c", "b/fs/a.c") + &of(&format!("a/{path}"), &format!("b/{path}"));
+            assert!(why(&text).contains(path), "{path}");
+        }
+        let of_vdso = "arch/x86/entry/vdso/vdso32-setup.c";
+        assert_eq!(Part::of(Path::new(of_vdso)), Part::Source);
     }
 
     #[test]

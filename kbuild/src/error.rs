@@ -67,7 +67,10 @@ pub enum BuildError {
     #[error("{0}")]
     Diff(#[from] DiffError),
     /// The diff does not fit the source.
-    #[error("the diff does not fit the source {source_dir}:\n{said}")]
+    #[error(
+        "the diff does not fit the source {source_dir}: take the fix as it was made for this version, or apply it there by \
+         hand and give the diff of that\n{said}"
+    )]
     DoesNotApply {
         /// The source.
         source_dir: PathBuf,

@@ -4,17 +4,17 @@
 //! Diff ─ affected ─ compile ─ patch ─ compile ─ those that differ ─ compile wide ─ orc ─ restore ─ Built
 //! ```
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use crate::affected::{self, Affected};
+use crate::apply::Moved;
 use crate::diff::Diff;
 use crate::error::{At, BuildError};
 use crate::orc::{Maker, Orc};
 use crate::tree::{Compiled, Tree};
-use crate::{code, command, lines, wide};
+use crate::{code, wide};
 
 /// One file before and after the fix.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +42,8 @@ pub struct Built {
     pub pairs: Vec<Pair>,
     /// What of the diff makes no difference.
     pub left_out: Vec<LeftOut>,
+    /// What of the diff stands elsewhere in this source than it says.
+    pub moved: Vec<Moved>,
 }
 
 /// A file of the diff, or one that includes it, that makes no difference to the running kernel.
@@ -108,6 +110,7 @@ impl Tree {
         most: usize,
         step: &dyn Fn(&str),
     ) -> Result<Built, BuildError> {
+        self.has_files_of(diff)?;
         let affected = affected::by(self, diff, most, step)?;
         let files = affected.files();
         step(&format!(
@@ -119,8 +122,10 @@ impl Tree {
         }
         let old = self.compile(&files)?;
         let made = self.changed(diff, &affected, &old, step);
-        self.shadow.restore()?;
-        made
+        let restored = self.shadow.restore();
+        let built = made?;
+        restored?;
+        Ok(built)
     }
 
     /// Goes on with the changed source; leaves it changed.
@@ -133,7 +138,7 @@ impl Tree {
     ) -> Result<Built, BuildError> {
         let files = affected.files();
         let offsets = self.offsets();
-        self.apply(diff)?;
+        let moved = self.apply(diff)?;
         step(&format!("compiling with the change: {} files", files.len()));
         let new = self.compile(&files).map_err(of_change)?;
         let other = offsets.iter().zip(self.offsets());
@@ -163,7 +168,11 @@ impl Tree {
         }
         self.add_wide(&mut pairs, step)?;
         self.add_orc(&mut pairs)?;
-        Ok(Built { pairs, left_out })
+        Ok(Built {
+            pairs,
+            left_out,
+            moved,
+        })
     }
 
     /// Tells from which words all assembly is made.
@@ -215,59 +224,13 @@ impl Tree {
         let text = wide::header(&text).ok_or_else(|| BuildError::NoBranches(header.to_owned()))?;
         self.shadow.stand_in(header, &text)?;
         let made = self.compile(files);
-        self.shadow.stand_back(header)?;
+        let back = self.shadow.stand_back(header);
         let objects = made?.into_iter().map(|made| made.object);
         let made: HashMap<_, _> = files.iter().cloned().zip(objects).collect();
+        back?;
         for (file, object) in &made {
             wide::check(&file.display().to_string(), object)?;
         }
         Ok(made)
-    }
-
-    /// Applies the diff to the tree.
-    fn apply(&self, diff: &Diff) -> Result<(), BuildError> {
-        let files = diff.compiled().iter().chain(diff.headers());
-        let files: BTreeSet<PathBuf> = files.cloned().collect();
-        let absent = files.iter().find(|it| !self.shadow.original(it).is_file());
-        if let Some(absent) = absent {
-            return Err(BuildError::DoesNotApply {
-                source_dir: self.source.clone(),
-                said: format!("it has no {}", absent.display()),
-            });
-        }
-        let files: Vec<_> = files.into_iter().collect();
-        self.shadow.change(&files)?;
-        let text = self.out.join("fix.patch");
-        fs::write(&text, diff.text()).at(&text)?;
-        let mut patch = Command::new("patch");
-        patch.args([
-            "-p1",
-            "--forward",
-            "--batch",
-            "--no-backup-if-mismatch",
-            // Lines of a hunk that are not there show that the source is another one.
-            "--fuzz=0",
-            "--reject-file=-",
-            "-i",
-        ]);
-        let output = command::finish(patch.arg(&text).current_dir(self.shadow.root()))?;
-        if !output.status.success() {
-            return Err(BuildError::DoesNotApply {
-                source_dir: self.source.clone(),
-                said: command::last_words(&output),
-            });
-        }
-        files.iter().try_for_each(|file| self.keep_lines(file))
-    }
-
-    /// Gives what stands below the changes of a file of C the numbers of its lines back.
-    fn keep_lines(&self, file: &Path) -> Result<(), BuildError> {
-        let ending = file.extension().unwrap_or_default();
-        if ending != "c" && ending != "h" {
-            return Ok(());
-        }
-        let (from, to) = (self.shadow.original(file), self.shadow.root().join(file));
-        let (old, new) = (fs::read(&from).at(&from)?, fs::read(&to).at(&to)?);
-        fs::write(&to, lines::kept(&old, &new)).at(&to)
     }
 }

@@ -10,6 +10,7 @@
 //! The source itself is never written to: a tree of links stands before it ([`shadow`]).
 
 mod affected;
+mod apply;
 pub mod apt;
 pub mod cache;
 mod code;
@@ -22,6 +23,7 @@ pub mod diff;
 mod error;
 pub mod fix;
 pub mod headers;
+mod hunk;
 mod includes;
 mod lines;
 mod orc;
@@ -31,6 +33,7 @@ pub mod shadow;
 pub mod tree;
 mod wide;
 
+pub use apply::Moved;
 pub use debian::{Debian, DebianError};
 pub use diff::Diff;
 pub use error::BuildError;

@@ -2,12 +2,10 @@
 //! all of vmlinux or of a module is linked (Linux v6.12 scripts/Makefile.lib, `delay-objtool`), so that objects have none.
 //! It is then run on a copy here, for nothing but that. The object itself stays as the compiler made it.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object};
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use crate::command;
 
@@ -71,10 +69,9 @@ impl Maker {
     fn run(&self, object: &[u8]) -> Result<Vec<u8>, String> {
         let io = |error: std::io::Error| format!("{}: {error}", self.copy.display());
         fs::write(&self.copy, object).map_err(io)?;
-        let mut objtool = Command::new(&self.objtool);
+        let mut objtool = command::plain(&self.objtool);
         // Whatever else it can do to an object, or be told to do, is not wanted.
         objtool.arg("--orc").arg(&self.copy);
-        objtool.env_remove("OBJTOOL_ARGS");
         let done = command::succeed("the kernel's own objtool", &mut objtool);
         let made = fs::read(&self.copy).map_err(io);
         let _ = fs::remove_file(&self.copy);
@@ -98,6 +95,7 @@ fn is_within(object: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
 
     use super::*;
 

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use sha2::{Digest, Sha256};
 
@@ -204,15 +203,12 @@ impl Tree {
     /// What the kernel's own build says, or why it failed.
     fn make(&self, targets: &[&str]) -> Result<Vec<u8>, BuildError> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut make = Command::new("make");
+        let mut make = command::plain("make");
         make.args(["-s", &format!("-j{cores}")])
             .arg(format!("CC={}", self.compiler.program))
             .arg(format!("HOSTCC={}", self.compiler.program))
             .arg(format!("O={}", self.out.display()))
             .args(targets)
-            // Flags of whoever calls us are not the kernel's.
-            .env_remove("MAKEFLAGS")
-            .env_remove("KCFLAGS")
             .current_dir(self.shadow.root());
         let what = format!("the kernel's own `make {}`", targets.join(" "));
         Ok(command::succeed(&what, &mut make)?.stdout)

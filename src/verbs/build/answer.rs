@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 use vmpatch_patcher::build::{BuildReport, FileReport};
 
-use super::objects::{Ignored, Origin};
+use super::objects::{Ignored, Moved, Origin};
 
 /// The answer of a build that made a patch.
 #[derive(Serialize)]
@@ -35,9 +35,17 @@ impl Origin {
     /// For people; files that need not have been compiled are only counted unless all is to be told.
     fn text(&self, explain: bool) -> String {
         let mut text = format!("compiled by {}\n", self.compiler);
+        for Moved { file, line, by } in &self.moved {
+            let way = if *by < 0 { "up" } else { "down" };
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "moved     {file}: the hunk of line {line} was applied {} lines further {way}",
+                by.unsigned_abs()
+            );
+        }
         let told = |it: &&Ignored| explain || !it.same;
         for ignored in self.ignored.iter().filter(told) {
-            // Writing to a string cannot fail.
             let _ = writeln!(text, "ignored   {}: {}", ignored.file, ignored.reason);
         }
         let same = self.ignored.iter().filter(|it| !told(it)).count();
@@ -133,6 +141,11 @@ mod tests {
             compiler: "gcc".to_owned(),
             release: None,
             ignored: vec![ignored("a.rst", false), ignored("b.c", true)],
+            moved: vec![Moved {
+                file: "c.c".to_owned(),
+                line: 7,
+                by: -3,
+            }],
         };
         let short = origin.text(false);
         assert!(
@@ -140,6 +153,8 @@ mod tests {
             "{short}"
         );
         assert!(!short.contains("b.c"), "{short}");
+        let moved = "c.c: the hunk of line 7 was applied 3 lines further up";
+        assert!(short.contains(moved), "{short}");
         assert!(origin.text(true).contains("b.c: why"));
     }
 }

@@ -43,6 +43,19 @@ pub(super) struct Origin {
     pub(super) release: Option<String>,
     /// Files that make no difference to the running kernel.
     pub(super) ignored: Vec<Ignored>,
+    /// What of the diff stands elsewhere in the source than it says.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) moved: Vec<Moved>,
+}
+
+/// A hunk that was applied elsewhere than it says.
+#[derive(Serialize)]
+pub(super) struct Moved {
+    pub(super) file: String,
+    /// As the diff has it.
+    pub(super) line: u32,
+    /// How many lines further down.
+    pub(super) by: i64,
 }
 
 /// A file that makes no difference.
@@ -121,6 +134,16 @@ impl From<Pair> for File {
     }
 }
 
+impl From<vmpatch_kbuild::Moved> for Moved {
+    fn from(moved: vmpatch_kbuild::Moved) -> Self {
+        Self {
+            file: moved.file.display().to_string(),
+            line: moved.line,
+            by: moved.by,
+        }
+    }
+}
+
 impl From<LeftOut> for Ignored {
     fn from(left: LeftOut) -> Self {
         Self {
@@ -145,6 +168,7 @@ fn compiled(
             compiler: tree.compiler().to_owned(),
             release: kernel.release.clone(),
             ignored: built.left_out.into_iter().map(Ignored::from).collect(),
+            moved: built.moved.into_iter().map(Moved::from).collect(),
         }),
     })
 }

@@ -1,0 +1,126 @@
+//! Builds from a source of a few files, whose makefiles answer as the kernel's do.
+#![allow(clippy::unwrap_used, reason = "tests fail by it")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vmpatch_kbuild::fix::Built;
+use vmpatch_kbuild::{BuildError, Diff, Tree};
+
+/// A source, a configuration and a cache.
+struct Small {
+    folder: tempfile::TempDir,
+    config: String,
+}
+
+impl Small {
+    fn of(files: &[(&str, &str)]) -> Self {
+        let gcc = Command::new("gcc").arg("--version").output().unwrap();
+        let said = String::from_utf8(gcc.stdout).unwrap();
+        let version = said.lines().next().unwrap();
+        let small = Self {
+            folder: tempfile::tempdir().unwrap(),
+            config: format!("CONFIG_CC_VERSION_TEXT=\"{version}\"\n"),
+        };
+        small.write("Makefile", include_str!("small/Makefile"));
+        let build = include_str!("small/Makefile.build");
+        small.write("scripts/Makefile.build", build);
+        small.write("Kbuild", "obj-y := fs/\n");
+        small.write("fs/Makefile", "obj-y := a.o\n");
+        small.write("include/trace/define_trace.h", "");
+        for (name, text) in files {
+            small.write(name, text);
+        }
+        small
+    }
+
+    fn source(&self) -> PathBuf {
+        self.folder.path().join("linux")
+    }
+
+    fn cache(&self) -> PathBuf {
+        self.folder.path().join("cache")
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let at = self.source().join(name);
+        fs::create_dir_all(at.parent().unwrap()).unwrap();
+        fs::write(at, text).unwrap();
+    }
+
+    fn tree(&self) -> Tree {
+        Tree::ready(&self.source(), &self.config, &self.cache(), &|_| {}).unwrap()
+    }
+
+    fn build(&self, diff: &str) -> Result<Built, BuildError> {
+        let diff = Diff::parse(diff.as_bytes()).unwrap();
+        self.tree().compile_both(&diff, 9, &|_| {})
+    }
+
+    fn why(&self, diff: &str) -> String {
+        self.build(diff).unwrap_err().to_string()
+    }
+}
+
+/// A diff of one line of a file.
+fn diff(file: &str, at: usize, old: &str, new: &str) -> String {
+    format!("--- a/{file}\n+++ b/{file}\n@@ -{at} +{at} @@\n-{old}\n+{new}\n")
+}
+
+fn has(object: &[u8], text: &str) -> bool {
+    memchr::memmem::find(object, text.as_bytes()).is_some()
+}
+
+const A: (&str, &str) = ("fs/a.c", "const char a[] = \"before\";\n");
+
+fn change_a() -> String {
+    let [before, after] = ["before", "after"].map(|it| format!("const char a[] = \"{it}\";"));
+    diff("fs/a.c", 1, &before, &after)
+}
+
+#[test]
+fn a_changed_file_is_compiled_without_and_with_the_change() {
+    let small = Small::of(&[A]);
+    let built = small.build(&change_a()).unwrap();
+    let pair = &built.pairs[0];
+    assert!(has(&pair.old, "before") && has(&pair.new, "after"));
+    assert!(built.moved.is_empty() && built.left_out.is_empty());
+    let source = fs::read_to_string(small.source().join("fs/a.c")).unwrap();
+    assert_eq!(source, A.1);
+}
+
+#[test]
+fn a_hunk_that_stands_elsewhere_is_told() {
+    let small = Small::of(&[("fs/a.c", &format!("int x;\nint y;\n{}", A.1))]);
+    let built = small.build(&change_a()).unwrap();
+    let moved = &built.moved[0];
+    assert_eq!(
+        (&*moved.file, moved.line, moved.by),
+        (Path::new("fs/a.c"), 1, 2)
+    );
+    assert!(has(&built.pairs[0].new, "after"));
+}
+
+#[test]
+fn a_hunk_that_fits_at_two_places_and_not_where_it_says_is_refused() {
+    let function = |name: &str| format!("int {name}(int a)\n{{\n\treturn a;\n}}\n");
+    let text = function("f") + &function("g");
+    let small = Small::of(&[("fs/a.c", &text)]);
+    let hunk = |at| diff("fs/a.c", at, "\treturn a;", "\treturn a + 1;");
+    small.build(&hunk(7)).unwrap();
+    let why = small.why(&hunk(5));
+    assert!(
+        why.contains("line 5 of fs/a.c") && why.contains("2 other places"),
+        "{why}"
+    );
+    // Nothing of it is left.
+    assert!(small.build(&hunk(3)).unwrap().moved.is_empty());
+}
+
+#[test]
+fn a_file_that_the_source_lacks_is_told_before_anything_is_asked() {
+    let small = Small::of(&[A]);
+    let why = small.why(&diff("fs/none/b.c", 1, "a", "b"));
+    assert!(why.contains("it has no fs/none/b.c"), "{why}");
+}
