@@ -310,6 +310,7 @@ impl<'a> Filler<'_, 'a> {
         let (new, old) = (&self.unit.new, &self.unit.old);
         let it = new.function(function);
         let before = self.unit.pairs.old_function_of(function);
+        let before = before.filter(|_| self.unit.verdicts[function] != Verdict::New);
         let homes = [
             Some(new.home_of(function)),
             before.map(|at| old.home_of(at)),

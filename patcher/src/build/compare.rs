@@ -3,6 +3,7 @@
 use super::instructions::{Flow, Instruction};
 use super::key::{self, Content, Key, Names};
 use super::pair::Pairs;
+use super::policy;
 use super::reference::Target;
 use super::side::Side;
 use super::special::{Entry, Special};
@@ -16,7 +17,7 @@ pub(super) enum Verdict {
     LinesOnly,
     /// Different, in the way named.
     Changed(&'static str),
-    /// Not in the old object.
+    /// Not in the old object, or no longer in the guest.
     New,
 }
 
@@ -25,6 +26,7 @@ pub(super) enum Verdict {
 pub(super) fn verdicts(old: &Side, new: &Side, pairs: &Pairs, new_names: &Names) -> Vec<Verdict> {
     let old_names = Names::default();
     let verdict = |index| match pairs.old_function_of(index) {
+        Some(before) if is_freed(old, before) && !is_freed(new, index) => Verdict::New,
         Some(before) => compare((old, &old_names, before), (new, new_names, index)),
         None => Verdict::New,
     };
@@ -44,6 +46,11 @@ pub(super) fn verdicts(old: &Side, new: &Side, pairs: &Pairs, new_names: &Names)
     }
     spread_to_parts(new, &mut verdicts);
     verdicts
+}
+
+/// Whether a function is gone from the guest since it booted.
+fn is_freed(side: &Side, function: usize) -> bool {
+    policy::is_init(&side.home_of(function).name)
 }
 
 const PART: &str = "a part split off from it";

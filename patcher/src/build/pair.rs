@@ -116,8 +116,7 @@ fn by_name(old: &Side, new: &Side, pairs: &mut Pairs) {
 fn functions_by_name(old: &Side, new: &Side, pairs: &mut Pairs) {
     for (index, function) in new.inventory.functions.iter().enumerate() {
         for name in [&function.name].into_iter().chain(&function.names) {
-            let found = old.inventory.function_named(name);
-            if let Some(found) = found.filter(|found| still_there(old, *found, new, index)) {
+            if let Some(found) = old.inventory.function_named(name) {
                 pairs.add_function(index, found);
             }
         }
@@ -131,7 +130,6 @@ pub(super) fn split_names(old: &Side, new: &Side, pairs: &Pairs) -> BTreeSet<Str
         let paired = pairs.old_function_of(index);
         let elsewhere = |name: &&String| {
             let before = old.inventory.function_named(name);
-            let before = before.filter(|before| still_there(old, *before, new, index));
             before.is_some() && before != paired
         };
         split.extend(function.names.iter().filter(elsewhere).cloned());
@@ -149,12 +147,6 @@ fn differing(ours: &BTreeSet<String>, theirs: &BTreeSet<String>) -> Vec<String> 
     differing.cloned().collect()
 }
 
-/// Whether a function that is no init code is none of the guest's freed init code.
-fn still_there(old: &Side, theirs: usize, new: &Side, ours: usize) -> bool {
-    let is_init = |side: &Side, function| policy::is_init(&side.home_of(function).name);
-    is_init(new, ours) || !is_init(old, theirs)
-}
-
 /// Clones that only one side has by their name: those of one function and kind, if each side has as many left.
 fn renumbered_clones(old: &Side, new: &Side, pairs: &mut Pairs) {
     let before = clones(old, |it| pairs.new_function_of(it).is_none());
@@ -164,9 +156,7 @@ fn renumbered_clones(old: &Side, new: &Side, pairs: &mut Pairs) {
             .get(&base)
             .filter(|theirs| theirs.len() == ours.len());
         for (ours, theirs) in ours.into_iter().zip(theirs.into_iter().flatten()) {
-            if still_there(old, *theirs, new, ours) {
-                pairs.add_function(ours, *theirs);
-            }
+            pairs.add_function(ours, *theirs);
         }
     }
 }
