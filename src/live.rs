@@ -8,7 +8,7 @@ use vmpatch_introspect::stacks::Sleepers;
 use vmpatch_introspect::target::{StopError, StopRequest, StoppedTarget};
 use vmpatch_introspect::unwind::Unwinder;
 use vmpatch_introspect::{AttachError, Deadline, GpaRange, Gva, Kernel, Roots, Target, Vcpu};
-use vmpatch_patcher::arena::Loaded;
+use vmpatch_patcher::arena::{Arena, Loaded, PatchRecord};
 use vmpatch_patcher::quiescence::{self, BusyRanges, LiveKernel};
 use vmpatch_patcher::unwind;
 use vmpatch_vmm::client::{self, KvmTarget};
@@ -134,6 +134,13 @@ impl Live {
             unwind::cover(&mut unwinder, &self.kernel, &self.vm, slot);
         }
         Ok(unwinder)
+    }
+
+    /// What patches have put into the arena since the guest booted, applied or not; nothing where that cannot be read.
+    pub(crate) fn placed(&self) -> Vec<PatchRecord> {
+        let arena = self.vm.arena().ok();
+        let arena = arena.and_then(|slot| Arena::open(&self.kernel, &self.vm, slot).ok());
+        arena.map_or_else(Vec::new, |arena| arena.manifest().patches.clone())
     }
 
     /// The modules among whose places those of patches count.

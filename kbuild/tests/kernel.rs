@@ -1,12 +1,12 @@
 //! The work tree over the real source and configuration of a stock kernel.
-#![allow(clippy::unwrap_used, reason = "tests fail by it")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by it")]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use object::{Object, ObjectSection, SectionKind};
-use vmpatch_kbuild::{Diff, Tree};
+use vmpatch_kbuild::{Diff, Orc, Tree};
 
 /// Source and configuration, made ready by `cargo xtask test`, and where work trees may be kept.
 struct Kernel {
@@ -90,6 +90,24 @@ fn wide_branches_change_nothing_else() {
     );
     let again = tree.compile(&["net/core/dev.c".into()]).unwrap();
     assert!(again[0].object == pairs[0].old);
+}
+
+#[test]
+fn unwind_data_is_made_of_what_new_code_is_taken_from_and_its_code_stays_as_it_is() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let tree = kernel.tree();
+    for name in ["dev-valid-name.patch", "proc-version.patch"] {
+        let pairs = tree.compile_both(&patch(name), 0, &|_| {}).unwrap().pairs;
+        let from = pairs[0].wide.as_ref().unwrap_or(&pairs[0].new);
+        let Orc::Copy(copy) = &pairs[0].orc else {
+            panic!("{name}: {:?}", pairs[0].orc)
+        };
+        assert!(code(copy) == code(from), "{name}");
+        assert!(copy.len() > from.len(), "{name}");
+        assert_eq!(tree.orc(copy).unwrap(), Orc::Within, "{name}");
+    }
 }
 
 /// The kernel for programs of 32 bits includes the whole file.

@@ -15,5 +15,6 @@ mod lifecycle;
 mod oracle;
 mod refusals;
 mod shadow;
+mod sleeper;
 mod soak;
 mod support;

@@ -10,6 +10,7 @@ mod vcpus;
 
 use vmpatch_introspect::modules::Module;
 use vmpatch_introspect::{Gva, Kernel};
+use vmpatch_patcher::arena::PatchRecord;
 
 use crate::cli::InspectWhat;
 use crate::exit::Failure;
@@ -28,14 +29,15 @@ pub(crate) fn run(what: InspectWhat, output: &Output) -> Result<(), Failure> {
     }
 }
 
-/// Code addresses by name, over the kernel and its modules, the way /proc/PID/stack prints them.
+/// Code addresses by name, over the kernel, its modules and patches, the way /proc/PID/stack prints them.
 struct Names<'a> {
     kernel: &'a Kernel,
     modules: &'a [Module],
+    placed: &'a [PatchRecord],
 }
 
 impl Names<'_> {
-    /// `function+0x12/0x34`, with ` [module]` behind it for a module's, or the bare address.
+    /// `function+0x12/0x34`, with ` [module]` behind it for a module's and ` [patch NAME]` for new code, or the bare address.
     ///
     /// Modules first: vmlinux's last symbol has no end, and modules lie above it.
     fn name(&self, at: Gva) -> String {
@@ -45,9 +47,22 @@ impl Names<'_> {
                 symbolised(&module.symbols, at).map(|name| format!("{name} [{}]", module.name))
             }
             None if self.kernel.layout.text.contains(at) => symbolised(&self.kernel.symbols, at),
-            None => None,
+            None => self.in_new_code(at),
         };
         name.unwrap_or_else(|| at.to_string())
+    }
+
+    fn in_new_code(&self, at: Gva) -> Option<String> {
+        self.placed.iter().find_map(|patch| {
+            let mut functions = patch.busy_for_rollback();
+            let new = functions.find(|new| new.range.contains(at))?;
+            let offset = at.0.checked_sub(new.range.start.0)?;
+            let (name, size) = (&new.function, new.range.size());
+            Some(format!(
+                "{name}+{offset:#x}/{size:#x} [patch {}]",
+                patch.name
+            ))
+        })
     }
 }
 

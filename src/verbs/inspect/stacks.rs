@@ -42,6 +42,7 @@ pub(super) fn show(asked: &Stacks, output: &Output) -> Result<(), Failure> {
     let names = Names {
         kernel: &seen.kernel,
         modules: &modules,
+        placed: &seen.placed(),
     };
     let wanted = stacks
         .iter()

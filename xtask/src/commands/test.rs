@@ -19,7 +19,14 @@ const SUITES: [(&str, &[&str]); 3] = [
     ("debian-6.12", &[]),
     (
         "debian-6.1",
-        &["apply::", "oracle::", "busy::", "hooks::", "shadow::"],
+        &[
+            "apply::",
+            "oracle::",
+            "busy::",
+            "hooks::",
+            "shadow::",
+            "sleeper::",
+        ],
     ),
     ("lean-fp", &["apply::", "oracle::", "busy::"]),
 ];
