@@ -1,6 +1,6 @@
 //! The unwind data (ORC) of an object. The kernel's own objtool makes it; of kernels with indirect branch tracking only when
-//! all of vmlinux or of a module is linked (Linux v6.12 scripts/Makefile.lib, `delay-objtool`), so that objects have none.
-//! It is then run on a copy here, for nothing but that. The object itself stays as the compiler made it.
+//! all of vmlinux or of a module is linked (Linux v6.12 scripts/Makefile.lib, `delay-objtool`), and of those that go by frame
+//! pointers never, so that objects have none. It is then run on a copy here, for nothing but that. The object itself stays as the compiler made it.
 
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object};
@@ -40,12 +40,11 @@ impl Maker {
     pub(crate) fn of(out: &Path, config: &str) -> Self {
         let objtool = out.join(OBJTOOL);
         let has = |option: &str| config.lines().any(|line| line == option);
-        let unable = if has("CONFIG_UNWINDER_ORC=y") {
-            (!objtool.is_file()).then_some("the kernel's build made no objtool")
-        } else if has("CONFIG_UNWINDER_FRAME_POINTER=y") {
-            Some("the kernel goes by frame pointers")
-        } else {
-            Some("the kernel is configured without unwind tables")
+        // Of a kernel that goes by frame pointers it tells where code keeps them.
+        let unwinds = ["CONFIG_UNWINDER_ORC=y", "CONFIG_UNWINDER_FRAME_POINTER=y"];
+        let unable = match unwinds.into_iter().any(has) {
+            true => (!objtool.is_file()).then_some("the kernel's build made no objtool"),
+            false => Some("the kernel is configured to unwind by guess"),
         };
         Self {
             objtool,
@@ -154,7 +153,7 @@ mod tests {
         let nowhere =
             |config| why(Maker::of(Path::new("/nonexistent"), config).make(&compiled("")));
         assert!(nowhere(CONFIG).contains("no objtool"));
-        assert!(nowhere("CONFIG_UNWINDER_FRAME_POINTER=y\n").contains("frame pointers"));
-        assert!(nowhere("# CONFIG_UNWINDER_ORC is not set\n").contains("without"));
+        assert!(nowhere("CONFIG_UNWINDER_FRAME_POINTER=y\n").contains("no objtool"));
+        assert!(nowhere("# CONFIG_UNWINDER_ORC is not set\n").contains("by guess"));
     }
 }

@@ -64,7 +64,7 @@ fn with_headers(diff: &[u8]) -> Vec<u8> {
     input
 }
 
-/// The object, or a copy of it that has unwind data where the object has none and the kernel goes by it.
+/// The object, or a copy of it that has unwind data where the object has none.
 fn unwindable(tree: &Tree, object: Vec<u8>) -> Result<Vec<u8>> {
     Ok(match tree.orc(&object)? {
         Orc::Copy(copy) => copy,

@@ -119,7 +119,7 @@ impl<'a, 'm> Chain<'a, 'm> {
             kind: self.unwinder.saved_kind(at.0),
             sp: Gva(slot.wrapping_add(8)),
         };
-        if !self.unwinder.knows(frame.lookup()) {
+        if !self.unwinder.keeps_frame(frame.lookup()) {
             self.doubt.get_or_insert(Unreliable::NoUnwindData(at));
         }
         Ok(Some(frame))

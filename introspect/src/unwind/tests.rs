@@ -380,6 +380,32 @@ fn frame_pointers_are_followed_to_the_registers_at_the_top() {
 }
 
 #[test]
+fn frame_pointers_are_followed_through_code_of_a_patch_where_it_is_known_to_keep_them() {
+    let (saved, last) = (TASK + 0x3000, TASK + SIZE - 168 - 16);
+    let words = [
+        (saved + 40, saved + 0x100),
+        (saved + 48, within(0)),
+        (saved + 0x100, last),
+        (saved + 0x108, ARENA + 0x20),
+        (last, (TASK + SIZE - 168) | 1),
+        (last + 8, within(0) + 1),
+    ];
+    let doubt = |entry| {
+        let mut unwinder = Unwinder::for_frame_pointers(first_function());
+        let rows = [(Gva(ARENA), entry), (Gva(ARENA + 0x40), Entry::UNDEFINED)];
+        unwinder.cover(&rows).unwrap();
+        let trace = sleeping(&unwinder, &words, saved);
+        assert_eq!(ips(&trace), [within(0), ARENA + 0x20, within(0) + 1]);
+        trace.unreliable
+    };
+    assert_eq!(doubt(Entry::FRAME_POINTER_GUESS), None);
+    let unknown = Some(Unreliable::NoUnwindData(Gva(ARENA + 0x20)));
+    for entry in [Entry::FUNCTION_START, Entry::UNDEFINED] {
+        assert_eq!(doubt(entry), unknown);
+    }
+}
+
+#[test]
 fn frame_pointers_over_an_interrupt_are_not_reliable() {
     let unwinder = Unwinder::for_frame_pointers(first_function());
     let (saved, regs, last) = (TASK + 0x2000, TASK + 0x3000, TASK + SIZE - 168 - 16);

@@ -147,13 +147,13 @@ impl Unwinder {
     }
 
     /// Takes in what holds in code that no table of the kernel's covers: rows by address, ascending. From an undefined
-    /// row to the next one nothing is known. Text of the kernel and of its modules keeps its own table, and a kernel
-    /// whose frames are found by frame pointers needs none.
+    /// row to the next one nothing is known. Text of the kernel and of its modules keeps its own table. Where frames are
+    /// found by frame pointers, rows tell where that code keeps one.
     ///
     /// # Errors
     /// [`TableError`]; nothing was taken in.
     pub fn cover(&mut self, rows: &[(Gva, Entry)]) -> Result<(), TableError> {
-        if self.format.is_none() {
+        if self.format.is_none() && !self.frame_pointers {
             return Ok(());
         }
         let (ips, entries): (Vec<u64>, Vec<Entry>) =
@@ -300,7 +300,18 @@ impl Unwinder {
         }
     }
 
+    /// Whether the code at `ip` keeps a frame pointer, so that its caller's frame is found by it. The kernel's own does
+    /// where frames are found so.
+    pub(super) fn keeps_frame(&self, ip: Gva) -> bool {
+        let Some(region) = self.region(ip) else {
+            return false;
+        };
+        let table = region.table.and_then(|table| self.tables.get(table));
+        table.is_none_or(|table| table.find(ip.0) == Some(Entry::FRAME_POINTER_GUESS))
+    }
+
     /// Whether `ip` lies in known text.
+    #[cfg(test)]
     pub(super) fn knows(&self, ip: Gva) -> bool {
         self.region(ip).is_some()
     }

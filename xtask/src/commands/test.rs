@@ -28,7 +28,7 @@ const SUITES: [(&str, &[&str]); 3] = [
             "sleeper::",
         ],
     ),
-    ("lean-fp", &["apply::", "oracle::", "busy::"]),
+    ("lean-fp", &["apply::", "oracle::", "busy::", "sleeper::"]),
 ];
 /// The end-to-end tests take minutes in emulation; beyond this something hangs.
 const LIMIT: Duration = Duration::from_secs(25 * 60);

@@ -90,7 +90,8 @@ impl Entry {
         signal: false,
     };
 
-    /// What the kernel assumes of code that ORC does not cover: a frame pointer. Only a guess (Linux
+    /// What holds in a function that keeps a frame pointer, and what the kernel assumes of code that ORC does not cover, where
+    /// it is only a guess (Linux
     /// v6.12 `arch/x86/kernel/unwind_orc.c`, `orc_fp_entry`).
     pub const FRAME_POINTER_GUESS: Self = Self {
         sp_offset: 16,
