@@ -4,6 +4,7 @@
 mod objects;
 
 use objects::{named, new_body, nothing, patch, refused};
+use vmpatch_patcher::patch::Symbol;
 
 const INIT: &str = "static section(\".init.data\") int table[2] = { 3, 4 };
     static noinline section(\".init.text\") int helper(int n) { return n * 5; }
@@ -47,4 +48,60 @@ fn data_that_the_guest_keeps_otherwise_than_the_new_version_does_is_refused() {
         );
     }
     nothing(&plain, &sealed);
+}
+
+const MOSTLY: &str = "#define __read_mostly section(\".data..read_mostly\")\n";
+
+#[test]
+fn an_address_that_may_be_the_end_of_an_array_or_what_follows_it_is_refused_if_that_changed() {
+    let old = format!(
+        "{MOSTLY} static int arr[4] __read_mostly = {{ 1 }}, next __read_mostly = 2;
+        int run(int n) {{ for (int *p = arr; p < arr + 4; p++) n += *p; return n + next; }}
+        void set(int n) {{ arr[n] = n; next = n; }}"
+    );
+    let (kept, _) = patch(&old, &old.replace("n += *p", "n ^= *p"));
+    assert!(
+        kept.symbols
+            .iter()
+            .all(|it| !matches!(it, Symbol::Own { name, .. } if name != "run"))
+    );
+    let comes = |before: &str, at: &str| {
+        old.replace(at, &format!("{before}{at}"))
+            .replace("return n", "return n + inserted")
+    };
+    let inserted = "inserted __read_mostly = 7, ";
+    let report = refused(&old, &comes(inserted, "next __"));
+    let reason = &report.refused[0].reason;
+    assert!(reason.contains("several variables"), "{report}");
+    let report = refused(
+        &old,
+        &comes(&inserted.replace(",", "; static int"), "arr[4] __"),
+    );
+    assert!(
+        report.refused[0].reason.contains("several variables"),
+        "{report}"
+    );
+}
+
+#[test]
+fn what_is_plainly_read_or_written_is_found_whatever_lies_beside_it() {
+    let old = format!(
+        "{MOSTLY} static int one __read_mostly = 1, two __read_mostly = 2;
+        int run(int n) {{ return n + one * two; }} void set(int n) {{ one = n; two = n; }}"
+    );
+    let new = old
+        .replace("two __", "fresh __read_mostly = 3, two __")
+        .replace("return n", "return n - fresh")
+        .replace("two = n", "two = n; fresh = n");
+    let (patch, _) = patch(&old, &new);
+    let at = patch
+        .replaced
+        .iter()
+        .find(|it| it.name == "run")
+        .unwrap()
+        .new_section;
+    let names = named(&patch, &patch.sections[at as usize].relocations);
+    for name in ["guest one", "guest two", "own fresh"] {
+        assert!(names.iter().any(|it| it == name), "{names:?}");
+    }
 }

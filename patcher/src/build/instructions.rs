@@ -1,7 +1,9 @@
 //! Where the instructions of a function are, and which of them lead elsewhere. Owns decoding; knows no
 //! symbol.
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction as Decoded, OpKind};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction as Decoded, Mnemonic, OpKind, Register,
+};
 
 /// One instruction of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +16,8 @@ pub(super) struct Instruction {
     pub(super) flow: Flow,
     /// The field of a relative operand and the offset it leads to, as the bytes have it.
     pub(super) relative: Option<RelativeField>,
+    /// Offset of the field that alone says what it reads or writes: no register is added.
+    pub(super) accessed: Option<u64>,
 }
 
 /// The field of a relative operand.
@@ -71,6 +75,7 @@ impl Instructions {
                 end,
                 flow,
                 relative,
+                accessed: accessed_field(&decoder, &decoded),
             });
         }
         instructions
@@ -79,6 +84,11 @@ impl Instructions {
     /// All of them.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Instruction> {
         self.list.iter()
+    }
+
+    /// Whether the field at an offset is the address of memory that is read or written there.
+    pub(super) fn accesses(&self, field: u64) -> bool {
+        self.at(field).is_some_and(|it| it.accessed == Some(field))
     }
 
     /// The one that has an offset.
@@ -102,6 +112,17 @@ fn flow_of(decoded: &Decoded) -> Flow {
         _ if decoded.code() == Code::Endbr64 => Flow::Endbr,
         _ => Flow::Other,
     }
+}
+
+fn accessed_field(decoder: &Decoder<'_>, decoded: &Decoded) -> Option<u64> {
+    let places = decoder.get_constant_offsets(decoded);
+    let kinds = (0..decoded.op_count()).map(|operand| decoded.op_kind(operand));
+    let has_memory = kinds.into_iter().any(|kind| kind == OpKind::Memory);
+    let is_alone = decoded.is_ip_rel_memory_operand()
+        || decoded.memory_base() == Register::None && decoded.memory_index() == Register::None;
+    let is_access = has_memory && is_alone && decoded.mnemonic() != Mnemonic::Lea;
+    (is_access && places.has_displacement())
+        .then(|| decoded.ip() + places.displacement_offset() as u64)
 }
 
 fn relative_field(decoder: &Decoder<'_>, decoded: &Decoded) -> Option<RelativeField> {

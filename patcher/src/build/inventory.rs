@@ -218,21 +218,26 @@ impl Inventory {
         (offset <= self.functions[*index].end).then_some(*index)
     }
 
-    /// The variable that has an offset; where a section has only one, that one whatever the offset, because
-    /// compilers address arrays from outside of them.
+    /// The variable that has an offset, else the one before it, else the first one: compilers address arrays from outside of
+    /// them.
     pub(super) fn variable_at(&self, section: SectionId, offset: i64) -> Option<usize> {
         let here = self.variables_of_section.get(&section)?;
         if let [only] = here[..] {
             return (self.variables[only].start == 0).then_some(only);
         }
-        let offset = u64::try_from(offset).ok()?;
-        let (_, index) = self
-            .variable_starts
-            .range((section, 0)..=(section, offset))
-            .next_back()?;
-        let variable = &self.variables[*index];
-        let inside = offset < variable.start.saturating_add(variable.size);
-        (inside || offset == variable.start).then_some(*index)
+        let before = |offset| self.variable_starts.range((section, 0)..=(section, offset));
+        let before = u64::try_from(offset).ok().map(before);
+        let found = before.and_then(|mut before| before.next_back());
+        found.map(|(_, index)| *index).or(here.first().copied())
+    }
+
+    /// Whether a variable has an offset or begins there.
+    pub(super) fn covers(&self, variable: usize, offset: i64) -> bool {
+        let it = &self.variables[variable];
+        let distance = u64::try_from(offset)
+            .ok()
+            .and_then(|at| at.checked_sub(it.start));
+        distance.is_some_and(|distance| distance < it.size.max(1))
     }
 
     /// The variables of a section, by offset.

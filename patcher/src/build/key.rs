@@ -103,12 +103,16 @@ fn key_at(side: &Side, names: &Names, target: &Target, walk: &Walk<'_>) -> Key {
             name => Key::Named(name, distance),
         },
         Target::Function { function, distance } => function_key(side, names, function, distance),
-        Target::Variable { variable, distance } if is_numbered_constant(side, variable) => {
+        Target::Variable { variable, distance } | Target::Near { variable, distance }
+            if is_numbered_constant(side, variable) =>
+        {
             let it = side.variable(variable);
             let end = it.start.saturating_add(it.size);
             content_key(side, names, it.section, (it.start, end), distance, walk)
         }
-        Target::Variable { variable, distance } => variable_key(side, names, variable, distance),
+        Target::Variable { variable, distance } | Target::Near { variable, distance } => {
+            variable_key(side, names, variable, distance)
+        }
         Target::Text {
             section,
             offset,

@@ -72,7 +72,8 @@ impl Resolver for OldResolver<'_> {
         match *target {
             Target::Outside { distance, .. }
             | Target::Function { distance, .. }
-            | Target::Variable { distance, .. } => {
+            | Target::Variable { distance, .. }
+            | Target::Near { distance, .. } => {
                 Some((self.symbols.guest(&self.old.name_of(target)), distance))
             }
             Target::Text {

@@ -80,6 +80,39 @@ impl Pairs {
         }
     }
 
+    /// Whether a variable of the new side and those beside it lie in their section as they did.
+    pub(super) fn lies_as_before(&self, old: &Side, new: &Side, variable: usize) -> bool {
+        let Some(before) = self.old_of(variable) else {
+            return false;
+        };
+        let beside = |side: &Side, it: usize| {
+            let here = side.inventory.variables_in(side.variable(it).section);
+            let at = here
+                .iter()
+                .position(|other| *other == it)
+                .unwrap_or_default();
+            [at.checked_sub(1), at.checked_add(1)].map(|at| here.get(at?).copied())
+        };
+        let distance = |side: &Side, it: usize, other: usize| {
+            side.variable(other)
+                .start
+                .wrapping_sub(side.variable(it).start)
+        };
+        let is_same = |ours: usize, theirs: usize| {
+            self.old_of(ours) == Some(theirs)
+                && new.variable(ours).size == old.variable(theirs).size
+                && distance(new, variable, ours) == distance(old, before, theirs)
+        };
+        is_same(variable, before)
+            && beside(new, variable)
+                .into_iter()
+                .zip(beside(old, before))
+                .all(|it| match it {
+                    (Some(ours), Some(theirs)) => is_same(ours, theirs),
+                    (ours, theirs) => ours.is_none() && theirs.is_none(),
+                })
+    }
+
     fn add(&mut self, new: usize, old: usize) -> bool {
         if self.old_of.contains_key(&new) || !self.taken.insert(old) {
             return false;
@@ -201,7 +234,7 @@ fn by_position_in_equal_code(old: &Side, new: &Side, pairs: &mut Pairs) {
 
 /// A variable with a number in its name that is state, not content.
 fn numbered(side: &Side, target: &Target) -> Option<usize> {
-    let Target::Variable { variable, .. } = *target else {
+    let Target::Variable { variable, .. } = target.exact() else {
         return None;
     };
     let named = numbered_base(&side.variable(variable).name).is_some();

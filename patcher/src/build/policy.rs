@@ -68,6 +68,11 @@ pub(super) fn is_about_messages(section: &str, name: &str) -> bool {
     section == DYNAMIC_DEBUG || numbered_base(name) == Some("__already_done")
 }
 
+/// Whether no one computes addresses in a section of several variables but those of their starts.
+pub(super) fn is_addressed_exactly(section: &str) -> bool {
+    [DYNAMIC_DEBUG, ".data..once", ".data..do_once"].contains(&section)
+}
+
 /// Sections that the guest freed when it had booted.
 pub(super) fn is_init(section: &str) -> bool {
     section.starts_with(".init") || section.starts_with(".exit")

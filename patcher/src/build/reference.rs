@@ -3,6 +3,7 @@
 
 use super::instructions::Instructions;
 use super::inventory::Inventory;
+use super::policy;
 use crate::object::{Home, Kind, Object, Relocation, SectionId, SymbolId, SymbolKind};
 
 /// A thing and, where it can be addressed inside or outside, the distance from its start.
@@ -25,6 +26,14 @@ pub(super) enum Target {
     /// A variable of this object.
     Variable {
         /// Index in the inventory.
+        variable: usize,
+        /// Bytes from its start.
+        distance: i64,
+    },
+    /// A variable, or one beside it: the address was computed, it is told by the section alone, and there are several in it. The
+    /// end of one is the start of the next, and compilers address arrays from outside of them.
+    Near {
+        /// Index in the inventory: the one that has the address.
         variable: usize,
         /// Bytes from its start.
         distance: i64,
@@ -54,6 +63,16 @@ pub(super) enum Target {
         /// Offset in it; compilers address outside of arrays too.
         offset: i64,
     },
+}
+
+impl Target {
+    /// The same where it is known that what has the address is meant.
+    pub(super) const fn exact(self) -> Self {
+        match self {
+            Self::Near { variable, distance } => Self::Variable { variable, distance },
+            other => other,
+        }
+    }
 }
 
 /// A field in a function's code or in a piece of data that refers to something.
@@ -139,11 +158,16 @@ pub(super) fn place(
     if let (true, Ok(inside)) = (home.flags.merge, u64::try_from(offset)) {
         return pooled(object, section, inside, 0);
     }
-    if let Some(variable) = inventory.variable_at(section, offset) {
+    let variable = inventory.variable_at(section, offset);
+    let is_alone = inventory.variables_in(section).len() == 1;
+    // What is read-only may have no name and be copied.
+    let is_its = |it: &usize| is_alone || home.flags.write || inventory.covers(*it, offset);
+    if let Some(variable) = variable.filter(is_its) {
         let start = inventory.variables[variable].start.cast_signed();
-        return Target::Variable {
-            variable,
-            distance: offset.wrapping_sub(start),
+        let distance = offset.wrapping_sub(start);
+        return match is_alone || policy::is_addressed_exactly(&home.name) {
+            true => Target::Variable { variable, distance },
+            false => Target::Near { variable, distance },
         };
     }
     Target::Place { section, offset }
@@ -177,6 +201,13 @@ pub(super) fn references_in_code(
     )
 }
 
+fn is_inside(inventory: &Inventory, target: &Target) -> bool {
+    let Target::Near { variable, distance } = *target else {
+        return false;
+    };
+    u64::try_from(distance).is_ok_and(|distance| distance < inventory.variables[variable].size)
+}
+
 /// Relocations as references, offsets from `start`, where the instructions begin.
 pub(super) fn references_of(
     object: &Object,
@@ -187,7 +218,10 @@ pub(super) fn references_of(
     let made = relocations.iter().map(|it| {
         let offset = it.offset.wrapping_sub(start);
         let bias = bias_of(instructions, offset, it.kind);
-        let target = target_of(object, inventory, it, bias);
+        let mut target = target_of(object, inventory, it, bias);
+        if instructions.accesses(offset) && is_inside(inventory, &target) {
+            target = target.exact();
+        }
         Reference {
             offset,
             kind: it.kind,

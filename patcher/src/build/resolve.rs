@@ -30,6 +30,7 @@ impl Resolver for NewResolver<'_, '_> {
             Target::Outside { symbol, distance } => self.outside(symbol, target, distance),
             Target::Function { function, distance } => self.function(function, distance, calls),
             Target::Variable { variable, distance } => self.variable(variable, target, distance),
+            Target::Near { variable, distance } => self.near(variable, distance),
             Target::Text {
                 section,
                 offset,
@@ -127,6 +128,23 @@ impl NewResolver<'_, '_> {
         }
     }
 
+    fn near(&mut self, variable: usize, distance: i64) -> Option<(u32, i64)> {
+        let (new, old) = (&self.unit.new, &self.unit.old);
+        if !self.unit.pairs.lies_as_before(old, new, variable) {
+            let (section, name) = (
+                &new.home_of_variable(variable).name,
+                &new.variable(variable).name,
+            );
+            let reason = format!(
+                "an address near {name} may belong to one of several variables, which do not lie as before"
+            );
+            self.refuse(section, &reason);
+            return None;
+        }
+        let target = Target::Variable { variable, distance };
+        self.variable(variable, &target, distance)
+    }
+
     fn variable(&mut self, variable: usize, target: &Target, distance: i64) -> Option<(u32, i64)> {
         let (new, old) = (&self.unit.new, &self.unit.old);
         let section = new
@@ -210,7 +228,8 @@ impl NewResolver<'_, '_> {
             }
             return Some((self.own(auxiliary?), 0));
         }
-        if home.flags.write || policy::new_data(&home.name).is_err() {
+        let has_names = !self.unit.new.inventory.variables_in(section).is_empty();
+        if home.flags.write || has_names || policy::new_data(&home.name).is_err() {
             self.refuse(&home.name, "it refers to data without a name");
             return None;
         }

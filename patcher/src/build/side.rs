@@ -117,7 +117,9 @@ impl Side {
         match target {
             Target::Outside { symbol, .. } => self.object.symbol(*symbol).name.clone(),
             Target::Function { function, .. } => self.function(*function).name.clone(),
-            Target::Variable { variable, .. } => self.variable(*variable).name.clone(),
+            Target::Variable { variable, .. } | Target::Near { variable, .. } => {
+                self.variable(*variable).name.clone()
+            }
             Target::Text {
                 section, offset, ..
             }

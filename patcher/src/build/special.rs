@@ -268,7 +268,7 @@ impl Table<'_> {
         let mut key = *self.relocation(at + 8)?;
         let inverted = key.addend & 1 != 0;
         key.addend &= !3;
-        let key = target_of(self.object, self.inventory, &key, 0);
+        let key = target_of(self.object, self.inventory, &key, 0).exact();
         Some(Special::JumpLabel {
             key,
             target,
