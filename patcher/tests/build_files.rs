@@ -4,7 +4,7 @@
 mod objects;
 
 use objects::{build_pairs, compile, named, own, pair, replaced};
-use vmpatch_patcher::build::{BuildError, ObjectPair};
+use vmpatch_patcher::build::{BuildError, BuildReport, ObjectPair};
 use vmpatch_patcher::patch::{Patch, Symbol};
 
 const ONE: &str = "int one(int n) { return printk(\"one\", n); }";
@@ -182,4 +182,130 @@ fn what_one_module_newly_exports_is_called_by_another() {
             assert!(error.contains(reason), "{error}");
         }
     }
+}
+
+/// The two files before and after something of the first moved to the second.
+fn moved(
+    (moved, changed): (&str, &str),
+    first: [&str; 2],
+    second: [&str; 2],
+) -> Result<(Patch, BuildReport), BuildError> {
+    let old = [format!("{moved} {}", first[0]), second[0].to_owned()];
+    let new = [first[1].to_owned(), format!("{changed} {}", second[1])];
+    let [old_one, old_two] = old.map(|it| compile(&it));
+    let [new_one, new_two] = new.map(|it| compile(&it));
+    build_pairs(&[
+        pair("a.c", &old_one, &new_one),
+        pair("b.c", &old_two, &new_two),
+    ])
+}
+
+fn reasons(built: Result<(Patch, BuildReport), BuildError>) -> String {
+    match built {
+        Err(error @ BuildError::Refused(_)) => error.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_variable_that_moves_to_another_file_stays_the_guests() {
+    let declared = "extern int counter;";
+    let bump = "int bump(void) { return ++counter; }";
+    let read = "int read(int n) { return counter++ + n * 3; }";
+    let first = [bump.to_owned(), format!("{declared} {bump}")];
+    let second = [format!("{declared} {read}"), read.replace("* 3", "* 5")];
+    let [first, second] = [&first, &second].map(|[old, new]| [old.as_str(), new.as_str()]);
+    let counter = "int counter = 7;";
+    let (patch, _) = moved((counter, counter), first, second).unwrap();
+    assert_eq!(replaced(&patch), ["read"]);
+    let names = new_body(&patch, "read");
+    assert!(names.contains(&"guest counter".to_owned()), "{names:?}");
+    assert_eq!(patch.sections.len(), 1);
+    let text = reasons(moved((counter, "int counter = 8;"), first, second));
+    assert!(
+        text.contains(".data.counter in counter: it was another file's"),
+        "{text}"
+    );
+    // It is the same one if only its own file may name it now.
+    let text = reasons(moved(
+        (counter, "static int counter = 7;"),
+        [ONE, ONE],
+        second,
+    ));
+    assert!(
+        text.contains("counter may be a variable that another file"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_function_that_moves_to_another_file_is_replaced_where_it_was() {
+    let it = "noinline int moved(int n) { return printk(\"moved\", n); }";
+    let fixed = it.replace("return", "if (n < 0) return 0; return");
+    let uses = "extern int moved(int n); int user(int n) { return moved(n) + 1; }";
+    let [first, second] = [
+        ["", ONE],
+        [uses, "int user(int n) { return moved(n) + 1; }"],
+    ];
+    let (patch, report) = moved((it, &fixed), first, second).unwrap();
+    assert_eq!(replaced(&patch), ["moved"]);
+    assert_eq!(patch.replaced[0].unit, 0);
+    assert_eq!(report.files[1].replaced[0].function, "moved");
+    assert!(named(&patch, &patch.replaced[0].old.relocations).contains(&"old moved".to_owned()));
+    assert!(new_body(&patch, "moved").contains(&"guest printk".to_owned()));
+    // What moves and stays as it was is no change.
+    let built = moved((it, it), first, second);
+    assert!(
+        matches!(built, Err(BuildError::NothingChanged(_))),
+        "{built:?}"
+    );
+    // What it alone named in its old file is not what it alone names in its new one.
+    let seen = "static int seen; noinline int moved(int n) { return seen += n; }";
+    let text = reasons(moved((seen, seen), first, second));
+    assert!(
+        text.contains("seen may be a variable that another file"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_new_function_that_the_guest_has_from_elsewhere_is_refused() {
+    let weak = "__attribute__((weak)) noinline int arch(int n) { return 0; }";
+    let caller = "int caller(int n) { return arch(n) + 1; }";
+    let strong = "int arch(int n) { return n & 7; }";
+    let first = compile(&format!("{weak} {caller}"));
+    let (old, new) = (compile(TWO), compile(&format!("{TWO} {strong}")));
+    let both = [pair("a.c", &first, &first), pair("b.c", &old, &new)];
+    let text = reasons(build_pairs(&both));
+    assert!(
+        text.contains("b.c: symbols in arch: the guest has one already"),
+        "{text}"
+    );
+    let uses = compile(&format!("extern int arch(int n); {caller}"));
+    let text = reasons(build_pairs(&[pair("a.c", &uses, &uses), both[1]]));
+    assert!(
+        text.contains("b.c: symbols in arch: the guest has one already"),
+        "{text}"
+    );
+    // Two of one name are no better.
+    let third = compile(&format!("{ONE} int arch(int n) {{ return n & 15; }}"));
+    let one = compile(ONE);
+    let text = reasons(build_pairs(&[pair("a.c", &one, &third), both[1]]));
+    assert!(text.contains("several files"), "{text}");
+}
+
+#[test]
+fn every_name_of_a_new_function_leads_other_files_to_it() {
+    let new_one = format!(
+        "{ONE} int both(int n) {{ return n * 3; }} extern int b2(int n) __attribute__((alias(\"both\")));"
+    );
+    let new_two = "extern int b2(int n); int two(int n) { return printk(\"two\", b2(n)); }";
+    let [old_one, old_two, new_one, new_two] = [ONE, TWO, &new_one, new_two].map(compile);
+    let pairs = [
+        pair("a.c", &old_one, &new_one),
+        pair("b.c", &old_two, &new_two),
+    ];
+    let (patch, _) = build_pairs(&pairs).unwrap();
+    let names = new_body(&patch, "two");
+    assert!(!names.contains(&"guest b2".to_owned()), "{names:?}");
 }

@@ -152,7 +152,7 @@ fn exports<'a>(
         .flat_map(move |(index, it)| named(&it.globals, Thing::Function(index)));
     let variables = inventory.variables.iter().enumerate();
     let variables = variables
-        .filter(|(index, _)| unit.pairs.old_of(*index).is_none())
+        .filter(|(index, _)| unit.guest_variable(*index).is_none())
         .flat_map(move |(index, it)| named(&it.globals, Thing::Variable(index)));
     functions.chain(variables)
 }
@@ -307,13 +307,14 @@ impl<'a> Filler<'_, 'a> {
 
     /// What cannot be done with this function whatever it refers to.
     fn refuse_unfit(&mut self, function: usize) {
-        let (new, old) = (&self.unit.new, &self.unit.old);
+        let new = &self.unit.new;
         let it = new.function(function);
-        let before = self.unit.pairs.old_function_of(function);
+        let before = self.unit.before(self.at, function);
         let before = before.filter(|_| self.unit.verdicts[function] != Verdict::New);
+        let before = before.map(|(of, at)| (&self.collector.units[of].old, at));
         let homes = [
             Some(new.home_of(function)),
-            before.map(|at| old.home_of(at)),
+            before.map(|(old, at)| old.home_of(at)),
         ];
         let unfit = homes
             .into_iter()
@@ -322,7 +323,7 @@ impl<'a> Filler<'_, 'a> {
         if let Some(reason) = unfit {
             self.refuse(function, None, reason);
         }
-        let before = before.map(|at| &old.code[at]);
+        let before = before.map(|(old, at)| &old.code[at]);
         for view in before.into_iter().chain([&new.code[function]]) {
             if let Some(at) = view.instructions.undecodable_at {
                 self.refuse(function, Some(at), "bytes that are no known instruction");

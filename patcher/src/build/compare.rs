@@ -80,9 +80,11 @@ fn spread_to_parts(new: &Side, verdicts: &mut [Verdict]) {
     }
 }
 
-type Seen<'a> = (&'a Side, &'a Names, usize);
+/// A function, in an object with these names.
+pub(super) type Seen<'a> = (&'a Side, &'a Names, usize);
 
-fn compare(old: Seen<'_>, new: Seen<'_>) -> Verdict {
+/// Compares one function with what it was.
+pub(super) fn compare(old: Seen<'_>, new: Seen<'_>) -> Verdict {
     let (mut before, mut after) = (code(old), code(new));
     if before.bytes != after.bytes {
         mask_lines(old, &mut before.bytes);
@@ -182,7 +184,7 @@ fn loaded_number<'a>(bytes: &'a mut [u8], instruction: &Instruction) -> Option<&
 }
 
 /// An entry in comparable form, and the line number that does not count.
-type Comparable = ((u64, String, Vec<Key>, Vec<u8>), u16);
+pub(super) type Comparable = ((u64, String, Vec<Key>, Vec<u8>), u16);
 
 fn entries((side, names, function): Seen<'_>) -> Vec<Comparable> {
     side.entries[function]
@@ -191,7 +193,8 @@ fn entries((side, names, function): Seen<'_>) -> Vec<Comparable> {
         .collect()
 }
 
-fn comparable(side: &Side, names: &Names, entry: &Entry) -> Comparable {
+/// An entry without what need not be the same.
+pub(super) fn comparable(side: &Side, names: &Names, entry: &Entry) -> Comparable {
     let key = |target: &Target| key::key(side, names, target);
     let table = side.object.section(entry.table).name.clone();
     let (keys, bytes, line) = match &entry.special {

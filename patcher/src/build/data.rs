@@ -52,7 +52,7 @@ impl Comparison<'_> {
                 record(report, name, section, reason);
                 continue;
             }
-            if self.same(ours, theirs) {
+            if same((self.old, theirs), (self.new, self.names, ours)) {
                 continue;
             }
             record(
@@ -62,14 +62,6 @@ impl Comparison<'_> {
                 "its initial value or size differs, and the guest has its own",
             );
         }
-    }
-
-    fn same(&self, ours: usize, theirs: usize) -> bool {
-        let old_names = Names::default();
-        let (a, b) = (self.new.variable(ours), self.old.variable(theirs));
-        a.size == b.size
-            && self.new.object.section(a.section).flags == self.old.object.section(b.section).flags
-            && content(self.new, self.names, ours) == content(self.old, &old_names, theirs)
     }
 
     /// Variables that only the old object has.
@@ -127,6 +119,18 @@ impl Comparison<'_> {
             }
         }
     }
+}
+
+/// Whether a variable has the size, place and initial value that it had.
+pub(super) fn same(
+    (old, theirs): (&Side, usize),
+    (new, names, ours): (&Side, &Names, usize),
+) -> bool {
+    let old_names = Names::default();
+    let (a, b) = (new.variable(ours), old.variable(theirs));
+    a.size == b.size
+        && new.object.section(a.section).flags == old.object.section(b.section).flags
+        && content(new, names, ours) == content(old, &old_names, theirs)
 }
 
 fn content(side: &Side, names: &Names, variable: usize) -> Content {

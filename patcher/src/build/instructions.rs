@@ -18,6 +18,8 @@ pub(super) struct Instruction {
     pub(super) relative: Option<RelativeField>,
     /// Offset of the field that alone says what it reads or writes: no register is added.
     pub(super) accessed: Option<u64>,
+    /// It does nothing.
+    pub(super) is_nop: bool,
 }
 
 /// The field of a relative operand.
@@ -76,6 +78,7 @@ impl Instructions {
                 flow,
                 relative,
                 accessed: accessed_field(&decoder, &decoded),
+                is_nop: decoded.mnemonic() == Mnemonic::Nop,
             });
         }
         instructions

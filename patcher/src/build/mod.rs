@@ -5,7 +5,7 @@
 //! ```text
 //! a file: bytes ─ object::read ─ Side ──┐ inventory, instructions, reference, special
 //!         bytes ─ object::read ─ Side ──┴─ pair ─ compare, data ─ Unit ──┐
-//! another file: …                                                 Unit ──┴─ collect, resolve, old ─ Patch + BuildReport
+//! another file: …                                         moves ─ Unit ──┴─ collect, resolve, old ─ Patch + BuildReport
 //! ```
 
 mod callback;
@@ -18,6 +18,7 @@ mod instructions;
 mod inventory;
 mod key;
 mod layout;
+mod moves;
 mod old;
 mod pair;
 mod policy;
@@ -31,6 +32,7 @@ mod special;
 mod table;
 mod unit;
 mod unwind;
+mod wide;
 
 use std::fmt;
 
@@ -42,7 +44,6 @@ use collect::{Collector, Thing};
 use compare::Verdict;
 use side::Side;
 use table::SymbolTable;
-use unit::Unit;
 
 use crate::object::{self, ObjectError};
 use crate::patch::check::{self, Malformed};
@@ -150,11 +151,7 @@ pub fn build(
     options: &BuildOptions,
 ) -> Result<(Patch, BuildReport), BuildError> {
     check::patch_name(&options.name)?;
-    let units = pairs
-        .iter()
-        .map(|pair| Unit::of(pair, &options.safe_types))
-        .collect::<Result<Vec<_>, _>>()?;
-    let (units, reports): (Vec<_>, Vec<_>) = units.into_iter().unzip();
+    let (units, reports) = unit::units(pairs, &options.safe_types)?;
     let collector = Collector::new(&units, reports);
     let (mut patch, report) = assemble(collector, options);
     patch.units = pairs.iter().map(unit::record).collect();
@@ -203,10 +200,10 @@ fn assemble(mut collector: Collector<'_>, options: &BuildOptions) -> (Patch, Bui
 
 /// The functions of one file that are replaced; their new bodies are asked for.
 fn replacements(collector: &mut Collector<'_>, at: usize) -> Vec<Replacement> {
-    let unit = &collector.units[at];
-    let mut replaced = Vec::new();
-    for (function, before, difference) in unit.replacements() {
-        let (old, new) = (&unit.old, &unit.new);
+    let units = collector.units;
+    let (unit, mut replaced) = (&units[at], Vec::new());
+    for (function, (of, before), difference) in unit.replacements(at) {
+        let (old, new) = (&units[of].old, &unit.new);
         let new_section = collector.bring(at, Thing::Function(function));
         collector.reports[at].replaced.push(Replaced {
             function: old.function(before).name.clone(),
@@ -215,9 +212,9 @@ fn replacements(collector: &mut Collector<'_>, at: usize) -> Vec<Replacement> {
             new_bytes: new.function_bytes(function).len() as u64,
         });
         let symbols = &mut collector.symbols;
-        symbols.enter(at);
+        symbols.enter(of);
         replaced.push(Replacement {
-            unit: at as u32,
+            unit: of as u32,
             name: old.function(before).name.clone(),
             sympos: None,
             old: old::code(old, symbols, before),

@@ -113,6 +113,33 @@ impl Pairs {
                 })
     }
 
+    /// The same for an object of other indices: its functions and variables to those of the new one. What is no variable of that may
+    /// be any.
+    pub(super) fn seen_by(
+        &self,
+        wide: &Side,
+        functions: &BTreeMap<usize, usize>,
+        variables: &BTreeMap<usize, usize>,
+    ) -> Self {
+        let mut pairs = Self::default();
+        for (it, new) in functions {
+            if let Some(old) = self.old_function_of(*new) {
+                pairs.add_function(*it, old);
+            }
+        }
+        for it in 0..wide.inventory.variables.len() {
+            let new = variables.get(&it);
+            match new.and_then(|new| self.old_of(*new)) {
+                Some(old) => _ = pairs.add(it, old),
+                None if new.is_none_or(|new| self.is_uncertain(*new)) => {
+                    pairs.uncertain.insert(it);
+                }
+                None => {}
+            }
+        }
+        pairs
+    }
+
     fn add(&mut self, new: usize, old: usize) -> bool {
         if self.old_of.contains_key(&new) || !self.taken.insert(old) {
             return false;
@@ -233,7 +260,7 @@ fn by_position_in_equal_code(old: &Side, new: &Side, pairs: &mut Pairs) {
 }
 
 /// A variable with a number in its name that is state, not content.
-fn numbered(side: &Side, target: &Target) -> Option<usize> {
+pub(super) fn numbered(side: &Side, target: &Target) -> Option<usize> {
     let Target::Variable { variable, .. } = target.exact() else {
         return None;
     };

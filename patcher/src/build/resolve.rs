@@ -114,8 +114,9 @@ impl NewResolver<'_, '_> {
                 Some((self.own(Thing::Function(function)), distance))
             }
             _ => {
-                let before = self.unit.pairs.old_function_of(function);
-                let home = before.map_or(new.home_of(function), |at| self.unit.old.home_of(at));
+                let before = self.unit.before(self.at, function);
+                let home = before.map(|(of, at)| self.collector.units[of].old.home_of(at));
+                let home = home.unwrap_or(new.home_of(function));
                 if policy::is_init(&home.name) {
                     let section = home.name.clone();
                     self.refuse(&section, "it refers to code that is gone after boot");
@@ -146,7 +147,7 @@ impl NewResolver<'_, '_> {
     }
 
     fn variable(&mut self, variable: usize, target: &Target, distance: i64) -> Option<(u32, i64)> {
-        let (new, old) = (&self.unit.new, &self.unit.old);
+        let new = &self.unit.new;
         let section = new
             .object
             .section(new.variable(variable).section)
@@ -158,16 +159,15 @@ impl NewResolver<'_, '_> {
             }
             return Some((self.own(Thing::Variable(variable)), distance));
         }
-        if let Some(before) = self.unit.pairs.old_of(variable) {
-            let home = &old.home_of_variable(before).name;
+        if let Some(name) = self.unit.guest_variable(variable) {
+            let before = self.unit.variable_before(self.at, variable);
+            let home = before.map(|(of, it)| self.collector.units[of].old.home_of_variable(it));
+            let home = home.map_or(&*section, |it| &*it.name);
             if policy::is_init(home) {
                 self.refuse(home, "it refers to data that is gone after boot");
                 return None;
             }
-            return Some((
-                self.collector.symbols.guest(&old.variable(before).name),
-                distance,
-            ));
+            return Some((self.collector.symbols.guest(name), distance));
         }
         let name = &new.variable(variable).name;
         if name == SHADOW_ROOT {
@@ -178,6 +178,13 @@ impl NewResolver<'_, '_> {
         }
         if self.unit.pairs.is_uncertain(variable) && !policy::is_about_messages(&section, name) {
             let reason = format!("{name} may be one of several static variables of the old object");
+            self.refuse(&section, &reason);
+            return None;
+        }
+        if self.unit.moves.doubtful.contains(&variable)
+            && !policy::is_about_messages(&section, name)
+        {
+            let reason = format!("{name} may be a variable that another file of the patch had");
             self.refuse(&section, &reason);
             return None;
         }

@@ -6,10 +6,12 @@ use std::collections::BTreeSet;
 use super::compare::{self, Verdict};
 use super::exports::Exports;
 use super::key::Names;
+use super::moves::{Before, Moves};
 use super::pair::{self, Pairs};
 use super::report::{FileReport, Ignored, Refused};
 use super::side::Side;
 use super::unwind::Tables;
+use super::wide::Likeness;
 use super::{BuildError, ObjectPair, Version, data, layout, residue};
 use crate::object;
 use crate::patch;
@@ -25,6 +27,8 @@ pub(super) struct Unit {
     pub(super) new: Side,
     /// What of the new one is what of the old one.
     pub(super) pairs: Pairs,
+    /// What of the new one is what another file had.
+    pub(super) moves: Moves,
     /// The names of the new one's things on the old side.
     pub(super) names: Names,
     /// What became of each function of the new version.
@@ -35,42 +39,118 @@ pub(super) struct Unit {
     pub(super) unwind: Tables,
 }
 
-impl Unit {
-    /// Compares both versions. What differs and cannot be patched, or does not matter, is reported.
-    ///
-    /// # Errors
-    /// An unreadable object.
-    pub(super) fn of(
-        pair: &ObjectPair<'_>,
-        safe_types: &[String],
-    ) -> Result<(Self, FileReport), BuildError> {
+/// A file whose versions were read, before the other files of the patch are looked at.
+#[derive(Debug)]
+pub(super) struct Draft {
+    /// What it is linked into.
+    pub(super) object: String,
+    /// The old version.
+    pub(super) old: Side,
+    /// The new version.
+    pub(super) new: Side,
+    /// What of the new one is what of the old one.
+    pub(super) pairs: Pairs,
+}
+
+impl Draft {
+    fn of(pair: &ObjectPair<'_>) -> Result<Self, BuildError> {
         let (old, new) = (side(pair, Version::Old)?, side(pair, Version::New)?);
         let pairs = pair::pair(&old, &new);
-        let names = pairs.names(&old);
-        let verdicts = compare::verdicts(&old, &new, &pairs, &names);
-        let mut report = FileReport::new(pair);
-        refuse_ambiguous(&[&old, &new], &mut report);
-        refuse_split(&old, &new, &pairs, &mut report);
-        layout::compare(pair, safe_types, &mut report);
-        data::compare(&old, &new, &pairs, &mut report);
-        residue::compare(&old, &new, &names, &mut report);
-        let exports = Exports::compare(&old, &new, &mut report);
-        list_functions((&old, &new), &pairs, &verdicts, &mut report);
-        let unit = Self {
-            object: pair.object.to_owned(),
+        let object = pair.object.to_owned();
+        Ok(Self {
+            object,
             old,
             new,
             pairs,
-            names,
-            verdicts,
-            exports,
-            unwind: Tables::default(),
-        };
+        })
+    }
+}
+
+/// What a comparison found out.
+struct Found {
+    moves: Moves,
+    names: Names,
+    verdicts: Vec<Verdict>,
+    exports: Exports,
+}
+
+/// Compares both versions of every file. What differs and cannot be patched, or does not matter, is reported.
+///
+/// # Errors
+/// An unreadable object.
+pub(super) fn units(
+    pairs: &[ObjectPair<'_>],
+    safe_types: &[String],
+) -> Result<(Vec<Unit>, Vec<FileReport>), BuildError> {
+    let drafts = pairs.iter().map(Draft::of);
+    let drafts = drafts.collect::<Result<Vec<_>, _>>()?;
+    let found = (0..drafts.len()).zip(pairs);
+    let found = found.map(|(at, pair)| Found::of(&drafts, at, pair, safe_types));
+    let found: Vec<_> = found.collect();
+    let drafts = drafts.into_iter().zip(found).zip(pairs);
+    let units = drafts.map(|((draft, (found, report)), pair)| {
+        let unit = Unit::of(draft, found);
         let (unit, report) = match pair.wide {
             Some(_) => unit.widened(pair, report)?,
             None => (unit, report),
         };
         Ok(unit.with_unwind_data(pair, report))
+    });
+    let units = units.collect::<Result<Vec<_>, BuildError>>()?;
+    Ok(units.into_iter().unzip())
+}
+
+impl Found {
+    fn of(
+        drafts: &[Draft],
+        at: usize,
+        pair: &ObjectPair<'_>,
+        safe_types: &[String],
+    ) -> (Self, FileReport) {
+        let Draft {
+            old, new, pairs, ..
+        } = &drafts[at];
+        let mut report = FileReport::new(pair);
+        let moves = Moves::to(drafts, at, &mut report);
+        let mut names = pairs.names(old);
+        moves.add_to(&mut names, drafts);
+        let mut verdicts = compare::verdicts(old, new, pairs, &names);
+        for (function, verdict) in verdicts.iter_mut().enumerate() {
+            if let Some(moved) = moves.verdict(drafts, (new, &names, function)) {
+                *verdict = moved;
+            }
+        }
+        refuse_ambiguous(&[old, new], &mut report);
+        refuse_split(old, new, pairs, &mut report);
+        layout::compare(pair, safe_types, &mut report);
+        data::compare(old, new, pairs, &mut report);
+        moves.refuse_changed(drafts, (new, &names), &mut report);
+        residue::compare(old, new, &names, &mut report);
+        let exports = Exports::compare(old, new, &mut report);
+        list_functions((old, new), pairs, &verdicts, &mut report);
+        let found = Self {
+            moves,
+            names,
+            verdicts,
+            exports,
+        };
+        (found, report)
+    }
+}
+
+impl Unit {
+    fn of(draft: Draft, found: Found) -> Self {
+        Self {
+            object: draft.object,
+            old: draft.old,
+            new: draft.new,
+            pairs: draft.pairs,
+            moves: found.moves,
+            names: found.names,
+            verdicts: found.verdicts,
+            exports: found.exports,
+            unwind: Tables::default(),
+        }
     }
 
     fn with_unwind_data(
@@ -93,65 +173,63 @@ impl Unit {
         mut report: FileReport,
     ) -> Result<(Self, FileReport), BuildError> {
         let wide = side(pair, Version::Wide)?;
-        let verdict = |function: usize| {
-            let name = &wide.function(function).name;
-            let same = self.new.inventory.function_named(name)?;
-            self.verdicts.get(same).copied()
-        };
-        for (function, verdict) in self.verdicts.iter().enumerate() {
-            let it = self.new.function(function);
-            let is_brought = matches!(verdict, Verdict::Changed(_) | Verdict::New);
-            if is_brought && wide.inventory.function_named(&it.name).is_none() {
-                report.refused.push(Refused {
-                    name: it.name.clone(),
-                    section: self.new.home_of(function).name.clone(),
-                    offset: None,
-                    reason: "the compiler leaves it out where static-key branches have five bytes"
-                        .to_owned(),
-                });
-            }
-        }
-        let functions = 0..wide.inventory.functions.len();
-        let known: Vec<_> = functions.map(verdict).collect();
-        for function in known.iter().enumerate().filter(|(_, it)| it.is_none()) {
+        refuse_ambiguous(&[&wide], &mut report);
+        let likeness = Likeness::of((&self.new, &self.names), &wide);
+        for (function, reason) in likeness.unfit(&self) {
             report.refused.push(Refused {
-                name: wide.function(function.0).name.clone(),
-                section: wide.home_of(function.0).name.clone(),
+                name: self.new.function(function).name.clone(),
+                section: self.new.home_of(function).name.clone(),
                 offset: None,
-                reason: "the compiler makes it only where static-key branches have five bytes"
-                    .to_owned(),
+                reason: reason.to_owned(),
             });
         }
-        let verdicts = known.into_iter().map(|it| it.unwrap_or(Verdict::New));
-        let pairs = pair::pair(&self.old, &wide);
-        Ok((
-            Self {
-                object: self.object,
-                names: pairs.names(&self.old),
-                verdicts: verdicts.collect(),
-                unwind: self.unwind,
-                old: self.old,
-                new: wide,
-                pairs,
-                exports: self.exports,
-            },
-            report,
-        ))
+        let unit = Self {
+            verdicts: likeness.verdicts(&self.verdicts, &wide),
+            pairs: self
+                .pairs
+                .seen_by(&wide, &likeness.functions, &likeness.variables),
+            moves: self.moves.seen_by(&likeness.functions, &likeness.variables),
+            names: likeness.names(&self.names),
+            new: wide,
+            ..self
+        };
+        Ok((unit, report))
     }
 
-    /// A changed function is entered by a jump from the old one; its split-off parts come along with it.
-    pub(super) fn replacements(&self) -> impl Iterator<Item = (usize, usize, &'static str)> + '_ {
-        self.verdicts
-            .iter()
-            .enumerate()
-            .filter_map(|(function, verdict)| {
-                let Verdict::Changed(difference) = *verdict else {
-                    return None;
-                };
-                let is_whole = self.new.function(function).parent.is_none();
-                let before = self.pairs.old_function_of(function).filter(|_| is_whole)?;
-                Some((function, before, difference))
-            })
+    /// A changed function is entered by a jump from the old one; its split-off parts come along with it. `at`: the file itself.
+    pub(super) fn replacements(
+        &self,
+        at: usize,
+    ) -> impl Iterator<Item = (usize, Before, &'static str)> + '_ {
+        let verdicts = self.verdicts.iter().enumerate();
+        verdicts.filter_map(move |(function, verdict)| {
+            let Verdict::Changed(difference) = *verdict else {
+                return None;
+            };
+            let is_whole = self.new.function(function).parent.is_none();
+            let before = self.before(at, function).filter(|_| is_whole)?;
+            Some((function, before, difference))
+        })
+    }
+
+    /// The guest's name for a variable, if it has it.
+    pub(super) fn guest_variable(&self, variable: usize) -> Option<&str> {
+        let known = self.names.variables.as_ref()?;
+        known.get(&variable).map(String::as_str)
+    }
+
+    /// What a variable was.
+    pub(super) fn variable_before(&self, at: usize, variable: usize) -> Option<Before> {
+        let here = self.pairs.old_of(variable);
+        let elsewhere = || self.moves.variables.get(&variable).copied();
+        here.map(|before| (at, before)).or_else(elsewhere)
+    }
+
+    /// What a function was.
+    pub(super) fn before(&self, at: usize, function: usize) -> Option<Before> {
+        let here = self.pairs.old_function_of(function);
+        let elsewhere = || self.moves.functions.get(&function).copied();
+        here.map(|before| (at, before)).or_else(elsewhere)
     }
 }
 
