@@ -50,7 +50,7 @@ impl Tree {
             "--reject-file=-",
             "-i",
         ]);
-        let output = command::finish(patch.arg(&text).current_dir(self.shadow.root()))?;
+        let output = self.run(patch.arg(&text).current_dir(self.shadow.root()))?;
         if !output.status.success() {
             return Err(self.misfit(command::last_words(&output)));
         }

@@ -33,7 +33,12 @@ pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
 
 /// Runs to the end, whatever comes of it.
 pub(crate) fn finish(command: &mut Command) -> Result<Output, BuildError> {
-    let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output();
+    finish_reading(command, Stdio::null())
+}
+
+/// Likewise, with this input.
+pub(crate) fn finish_reading(command: &mut Command, input: Stdio) -> Result<Output, BuildError> {
+    let output = command.env("LC_ALL", "C").stdin(input).output();
     output.map_err(|why| BuildError::NotStarted {
         program: command.get_program().to_string_lossy().into_owned(),
         why,
@@ -42,7 +47,11 @@ pub(crate) fn finish(command: &mut Command) -> Result<Output, BuildError> {
 
 /// Runs to the end; fails with its last lines.
 pub(crate) fn succeed(what: &str, command: &mut Command) -> Result<Output, BuildError> {
-    let output = finish(command)?;
+    succeeded(what, finish(command)?)
+}
+
+/// Fails with the last lines of what has failed.
+pub(crate) fn succeeded(what: &str, output: Output) -> Result<Output, BuildError> {
     match output.status.success() {
         true => Ok(output),
         false => Err(BuildError::Failed {

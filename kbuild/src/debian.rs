@@ -7,6 +7,7 @@ use std::process::Command;
 use crate::apt::{self, Package};
 use crate::command;
 use crate::error::{At, BuildError};
+use crate::lock::Lock;
 use crate::publish::Staging;
 
 /// What a kernel for this processor is called by.
@@ -247,7 +248,9 @@ fn kept(trees: &Path) -> Result<Vec<Package>, BuildError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(trees).at(trees)? {
         let name = entry.at(trees)?.file_name().to_string_lossy().into_owned();
-        if let Some((name, version)) = name.split_once('_') {
+        // What begins with a dot is a lock, or not finished.
+        let package = name.split_once('_').filter(|_| !name.starts_with('.'));
+        if let Some((name, version)) = package {
             let (name, version) = (name.to_owned(), version.to_owned());
             found.push(Package { name, version });
         }
@@ -290,6 +293,17 @@ fn in_place(
         return Ok(());
     }
     let Package { name, version } = package;
+    // Not a name that a package has.
+    let lock = target.with_file_name(format!(".{name}_{version}.lock"));
+    let _lock = Lock::take(&lock, &|| {
+        step(&format!(
+            "waiting until another build has fetched {name} {version}"
+        ));
+    })?;
+    // It may have been done meanwhile, and somebody may work in it.
+    if target.exists() {
+        return Ok(());
+    }
     step(&format!("fetching {name} {version}"));
     let fetched = Staging::beside(&target.with_added_extension("deb"))?;
     if let Err(error) = apt::download(package, fetched.dir()) {
@@ -398,6 +412,35 @@ mod tests {
             assert_eq!((had.source, &*had.config), (source.clone(), "CONFIG_A=y\n"));
             assert_eq!((&*had.release, &*had.version), (release, "6.99.1-1"));
         }
+    }
+
+    #[test]
+    fn what_another_has_fetched_meanwhile_is_left_alone() {
+        let cache = tempfile::tempdir().unwrap();
+        let target = cache.path().join("linux-source-6.99-tree_6.99.1-1");
+        let package = Package {
+            name: "linux-source-6.99".to_owned(),
+            version: "6.99.1-1".to_owned(),
+        };
+        let lock = cache.path().join(".linux-source-6.99_6.99.1-1.lock");
+        let other = Lock::take(&lock, &|| panic!("nobody has it")).unwrap();
+        std::thread::scope(|scope| {
+            let (waits, waiting) = std::sync::mpsc::channel();
+            let (package, target) = (&package, &target);
+            let second = scope.spawn(move || {
+                let step = |_: &str| waits.send(()).unwrap();
+                in_place(package, target, &step, |_, _| panic!("it is there"))
+            });
+            waiting.recv().unwrap();
+            fs::create_dir(target).unwrap();
+            drop(other);
+            second.join().unwrap().unwrap();
+        });
+        assert_eq!(
+            kept(cache.path()).unwrap().len(),
+            1,
+            "the lock is no package"
+        );
     }
 
     #[test]

@@ -26,6 +26,7 @@ pub mod headers;
 mod hunk;
 mod includes;
 mod lines;
+mod lock;
 mod orc;
 pub mod publish;
 pub mod running;

@@ -2,7 +2,9 @@
 //! cache: making it ready takes a minute, compiling one file then seconds.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 use sha2::{Digest, Sha256};
 
@@ -13,6 +15,7 @@ use crate::configured::{self, Configured, Elsewhere};
 use crate::error::{At, BuildError};
 use crate::headers;
 use crate::includes::Includes;
+use crate::lock::Lock;
 use crate::publish;
 use crate::shadow::Shadow;
 
@@ -36,8 +39,8 @@ pub struct Tree {
     included: PathBuf,
     /// What the makefiles of other folders build.
     elsewhere: Elsewhere,
-    /// Held as long as the tree is: two commands in one tree would compile each other's source.
-    _lock: fs::File,
+    /// Held as long as the tree is, and by what runs in it: two commands in one tree would compile each other's source.
+    lock: Lock,
 }
 
 /// What became of one file.
@@ -71,10 +74,11 @@ impl Tree {
         let compiler = Compiler::of(config)?;
         let root = cache.join("kbuild").join(name(&source, config, &compiler)?);
         fs::create_dir_all(&root).at(&root)?;
-        let lock = root.join("lock");
-        let lock = fs::File::create(&lock)
-            .and_then(|file| file.lock().map(|()| file))
-            .at(&lock)?;
+        let lock = Lock::take(&root.join("lock"), &|| {
+            step(
+                "waiting until another build of this kernel, or what a killed one left running, ends",
+            );
+        })?;
         let mut tree = Self {
             shadow: Shadow::before(&source, &root.join("source"))?,
             source,
@@ -83,14 +87,18 @@ impl Tree {
             included: root.join("included"),
             elsewhere: Elsewhere::default(),
             compiler,
-            _lock: lock,
+            lock,
         };
         headers::write(&tree.headers)?;
         let ready = root.join("ready");
         // Whoever ran the kernel's make there by hand may have changed what was settled.
         if !ready.exists() || tree.agrees(config).is_err() {
             step("making the source ready to be compiled (a minute or two, once)");
-            tree.prepare(config)?;
+            if let Err(error) = tree.prepare(config) {
+                // Of no use to anybody; that it cannot be removed would say less than why.
+                let _ = clear(&root);
+                return Err(error);
+            }
             fs::write(&ready, "").at(&ready)?;
         }
         if !tree.included.exists() {
@@ -142,6 +150,10 @@ impl Tree {
     /// # Errors
     /// [`BuildError`].
     pub fn compile(&self, files: &[PathBuf]) -> Result<Vec<Compiled>, BuildError> {
+        if files.is_empty() {
+            // Without a target, make would build the whole kernel.
+            return Ok(Vec::new());
+        }
         let objects: Vec<_> = files.iter().map(|file| file.with_extension("o")).collect();
         for object in &objects {
             self.shadow
@@ -211,8 +223,26 @@ impl Tree {
             .args(targets)
             .current_dir(self.shadow.root());
         let what = format!("the kernel's own `make {}`", targets.join(" "));
-        Ok(command::succeed(&what, &mut make)?.stdout)
+        Ok(command::succeeded(&what, self.run(&mut make)?)?.stdout)
     }
+
+    /// Runs something in the tree, to its end.
+    pub(crate) fn run(&self, command: &mut Command) -> Result<Output, BuildError> {
+        command::finish_reading(command, self.lock.held_as_input()?)
+    }
+}
+
+/// Removes all of a tree but its lock, which another may wait for.
+fn clear(root: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else if entry.file_name() != "lock" {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// That a configuration says it is of the source's version, if both say so.

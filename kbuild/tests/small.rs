@@ -124,3 +124,33 @@ fn a_file_that_the_source_lacks_is_told_before_anything_is_asked() {
     let why = small.why(&diff("fs/none/b.c", 1, "a", "b"));
     assert!(why.contains("it has no fs/none/b.c"), "{why}");
 }
+
+#[test]
+fn make_holds_the_lock_of_its_tree() {
+    let small = Small::of(&[A]);
+    small.build(&change_a()).unwrap();
+    let trees = fs::read_dir(small.cache().join("kbuild")).unwrap();
+    let tree = trees.map(|it| it.unwrap().path()).next().unwrap();
+    let input = fs::read_to_string(tree.join("out/stdin")).unwrap();
+    assert_eq!(Path::new(input.trim_end()), tree.join("lock"));
+}
+
+#[test]
+fn nothing_to_compile_is_nothing_done() {
+    assert_eq!(Small::of(&[A]).tree().compile(&[]).unwrap(), []);
+}
+
+#[test]
+fn a_tree_that_was_refused_leaves_nothing_but_its_lock() {
+    let mut small = Small::of(&[A]);
+    small.config.push_str("CONFIG_BAD=y\n");
+    let refused = Tree::ready(&small.source(), &small.config, &small.cache(), &|_| {});
+    let why = refused.unwrap_err().to_string();
+    assert!(why.contains("CONFIG_WORSE"), "{why}");
+    let trees = fs::read_dir(small.cache().join("kbuild")).unwrap();
+    for tree in trees {
+        let left = fs::read_dir(tree.unwrap().path()).unwrap();
+        let left: Vec<_> = left.map(|it| it.unwrap().file_name()).collect();
+        assert_eq!(left, ["lock"]);
+    }
+}
