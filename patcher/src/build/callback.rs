@@ -12,7 +12,7 @@ use crate::patch::{Callback, CallbackKind};
 /// Bytes of a pointer.
 const POINTER: u64 = 8;
 
-/// Brings every callback of every file.
+/// Brings every callback of every file, in the order in which they are called.
 pub(super) fn bring(collector: &mut Collector<'_>) -> Vec<Callback> {
     let mut callbacks: Vec<Callback> = Vec::new();
     for at in 0..collector.units.len() {
@@ -48,6 +48,10 @@ pub(super) fn bring(collector: &mut Collector<'_>) -> Vec<Callback> {
                 }),
             }
         }
+    }
+    callbacks.sort_by_key(|it| it.kind);
+    for report in &mut collector.reports {
+        report.callbacks.sort_by_key(|it| it.kind);
     }
     callbacks
 }
