@@ -1,30 +1,52 @@
-//! Line numbers of a changed file: what stands below a change keeps those it had. A warning, a lock class or a message
-//! that tells its line is then the same before and after, and functions that the fix does not touch are the same too.
-//! Owns where a `#line` may stand.
+//! Line numbers of a changed file: what the change does not touch keeps those it had. A warning, a lock class or a message
+//! that tells its line is then the same before and after, and functions that the fix does not touch are the same too. What it
+//! touches has those of the changed file, where whoever reads a warning of it will look. Owns where a `#line` may stand.
 
 use similar::{Algorithm, DiffOp, capture_diff_slices};
 
-/// The new text with `#line` below each change, before the first line where nothing can be in the middle.
+/// The new text with `#line` before each piece, between lines where nothing can be in the middle, whose numbers would be others.
 pub(crate) fn kept(old: &[u8], new: &[u8]) -> Vec<u8> {
     let (old, new) = (lines(old), lines(new));
+    let was = origins(&old, &new);
     let mut text = Vec::new();
     // The line that comes next, from 0, as the compiler counts.
     let mut counted = 0;
-    for op in capture_diff_slices(Algorithm::Myers, &old, &new) {
-        for (offset, at) in op.new_range().enumerate() {
-            let was = match op {
-                DiffOp::Equal { old_index, .. } => Some(old_index + offset),
-                _ => None,
-            };
-            if let Some(was) = was.filter(|was| *was != counted && is_between(&new, at)) {
-                text.extend_from_slice(format!("#line {}\n", was + 1).as_bytes());
-                counted = was;
-            }
-            text.extend_from_slice(new.get(at).copied().unwrap_or_default());
-            counted += 1;
+    let mut start = 0;
+    while start < new.len() {
+        let rest = start.saturating_add(1)..new.len();
+        let end = rest.into_iter().find(|at| is_between(&new, *at));
+        let end = end.unwrap_or(new.len());
+        let number = moved_to(was.get(start..end).unwrap_or_default()).unwrap_or(start);
+        if number != counted {
+            text.extend_from_slice(format!("#line {}\n", number + 1).as_bytes());
         }
+        let piece = new.get(start..end).unwrap_or_default();
+        text.extend(piece.concat());
+        counted = number.saturating_add(piece.len());
+        start = end;
     }
     text
+}
+
+/// Which line of the old text each of the new one is, if it was there.
+fn origins(old: &[&[u8]], new: &[&[u8]]) -> Vec<Option<usize>> {
+    let ops = capture_diff_slices(Algorithm::Myers, old, new);
+    let of = |op: DiffOp| {
+        let first = match op {
+            DiffOp::Equal { old_index, .. } => Some(old_index),
+            _ => None,
+        };
+        let lines = 0..op.new_range().len();
+        lines.map(move |offset| first.map(|first| first.saturating_add(offset)))
+    };
+    ops.into_iter().flat_map(of).collect()
+}
+
+/// Where a piece began in the old text, if it is all as it was there.
+fn moved_to(was: &[Option<usize>]) -> Option<usize> {
+    let first = was.first().copied().flatten()?;
+    let same = |(offset, was): (usize, &Option<usize>)| *was == first.checked_add(offset);
+    was.iter().enumerate().all(same).then_some(first)
 }
 
 fn lines(text: &[u8]) -> Vec<&[u8]> {
@@ -111,6 +133,27 @@ int three;
             OLD.replace("<a.h>", "<a.h>\n#include <b.h>").as_bytes(),
         );
         assert_eq!(line_of(&new, "WARN_ON(1)"), 5);
+    }
+
+    #[test]
+    fn what_is_changed_has_the_numbers_of_the_changed_file() {
+        let include = OLD.replace("<a.h>", "<a.h>\n#include <b.h>");
+        for (from, to, what) in [
+            ("return WARN_ON(2)", "more();\n\treturn BUG()", "BUG()"),
+            ("return WARN_ON(2)", "return BUG()", "BUG()"),
+            ("\treturn WARN_ON(2);\n", "", "int three"),
+            (
+                "static int two",
+                "static int between;\n\nstatic int two",
+                "between",
+            ),
+        ] {
+            let new = include.replacen(from, to, 1);
+            let true_line = new.lines().position(|line| line.contains(what));
+            let made = kept(OLD.as_bytes(), new.as_bytes());
+            assert_eq!(line_of(&made, what), true_line.unwrap() + 1, "{to}");
+            assert_eq!(line_of(&made, "WARN_ON(1)"), 5, "{to}");
+        }
     }
 
     #[test]

@@ -164,14 +164,22 @@ impl Tree {
                 fs::remove_file(&made).at(&made)?;
             }
         }
-        let targets = files.iter().map(|file| self.elsewhere.target(file));
-        let targets: Vec<_> = targets.map(|it| it.display().to_string()).collect();
+        // Some folders of an architecture are reached from its own folder as well as from the root, for the same object at the same
+        // time (Linux v6.12 Kbuild, $(ARCH_LIB); scripts/Makefile.build, single-subdirs). One after another, the root's way is the
+        // last, which is that of the kernel's build.
+        let (arch, others): (Vec<&PathBuf>, _) =
+            files.iter().partition(|file| file.starts_with("arch"));
         let flags = format!("{FLAGS} -I{}", self.headers.display());
-        let targets: Vec<&str> = [flags.as_str()]
-            .into_iter()
-            .chain(targets.iter().map(AsRef::as_ref))
-            .collect();
-        self.make(&targets)?;
+        for (cores, files) in [(1, arch), (cores(), others)] {
+            let targets = files.iter().map(|file| self.elsewhere.target(file));
+            let targets: Vec<_> = targets.map(|it| it.display().to_string()).collect();
+            if !targets.is_empty() {
+                let words = [flags.as_str()]
+                    .into_iter()
+                    .chain(targets.iter().map(AsRef::as_ref));
+                self.make_by(cores, &words.collect::<Vec<_>>())?;
+            }
+        }
         objects.iter().map(|object| self.compiled(object)).collect()
     }
 
@@ -214,7 +222,11 @@ impl Tree {
 
     /// What the kernel's own build says, or why it failed.
     fn make(&self, targets: &[&str]) -> Result<Vec<u8>, BuildError> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        self.make_by(cores(), targets)
+    }
+
+    /// The same, by so many processes at once.
+    fn make_by(&self, cores: usize, targets: &[&str]) -> Result<Vec<u8>, BuildError> {
         let mut make = command::plain("make");
         make.args(["-s", &format!("-j{cores}")])
             .arg(format!("CC={}", self.compiler.program))
@@ -243,6 +255,11 @@ fn clear(root: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// How many processes this machine runs at once.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// That a configuration says it is of the source's version, if both say so.
