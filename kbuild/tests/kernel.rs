@@ -3,34 +3,23 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use object::{Object, ObjectSection, SectionKind};
 use vmpatch_kbuild::{Diff, Orc, Tree};
+use vmpatch_testkit::Kernel;
 
-/// Source and configuration, made ready by `cargo xtask test`, and where work trees may be kept.
-struct Kernel {
-    source: PathBuf,
-    config: String,
-    cache: PathBuf,
+/// Work trees may be kept where the command line keeps them.
+fn tree(kernel: &Kernel) -> Tree {
+    let config = fs::read_to_string(&kernel.config).unwrap();
+    let cache = vmpatch_kbuild::cache::dir().unwrap();
+    Tree::ready(&kernel.source, &config, &cache, &|_| {}).unwrap()
 }
 
-impl Kernel {
-    fn given() -> Option<Self> {
-        let Some(kernel) = std::env::var_os("VMPATCH_SOURCE").map(PathBuf::from) else {
-            println!("SKIPPED: VMPATCH_SOURCE is not set (cargo xtask test)");
-            return None;
-        };
-        Some(Self {
-            source: kernel.join("linux"),
-            config: fs::read_to_string(kernel.join("config")).unwrap(),
-            cache: vmpatch_kbuild::cache::dir().unwrap(),
-        })
-    }
-
-    fn tree(&self) -> Tree {
-        Tree::ready(&self.source, &self.config, &self.cache, &|_| {}).unwrap()
-    }
+/// A change of one line.
+fn changed(kernel: &Kernel, file: &str, old: &str, new: &str) -> Diff {
+    let diff = kernel.changed(file, old, new).unwrap();
+    Diff::parse(diff.as_bytes()).unwrap()
 }
 
 fn patch(name: &str) -> Diff {
@@ -71,7 +60,7 @@ fn wide_branches_change_nothing_else() {
     let Some(kernel) = Kernel::given() else {
         return;
     };
-    let tree = kernel.tree();
+    let tree = tree(&kernel);
     let diff = patch("dev-valid-name.patch");
     let pairs = tree.compile_both(&diff, 0, &|_| {}).unwrap().pairs;
     let wide = pairs[0].wide.as_ref().unwrap();
@@ -97,7 +86,7 @@ fn unwind_data_is_made_of_what_new_code_is_taken_from_and_its_code_stays_as_it_i
     let Some(kernel) = Kernel::given() else {
         return;
     };
-    let tree = kernel.tree();
+    let tree = tree(&kernel);
     for name in ["dev-valid-name.patch", "proc-version.patch"] {
         let pairs = tree.compile_both(&patch(name), 0, &|_| {}).unwrap().pairs;
         let from = pairs[0].wide.as_ref().unwrap_or(&pairs[0].new);
@@ -116,17 +105,10 @@ fn a_source_that_another_includes_changes_both() {
     let Some(kernel) = Kernel::given() else {
         return;
     };
-    let text = fs::read_to_string(kernel.source.join("fs/binfmt_elf.c")).unwrap();
-    let line = "\tif (memcmp(elf_ex->e_ident, ELFMAG, SELFMAG) != 0)\n";
-    let (before, _) = text.split_once(line).unwrap();
-    let number = before.lines().count() + 1;
-    let hunk = format!(
-        "@@ -{number} +{number} @@\n-{line}+{}",
-        line.replace("!= 0", "> 0")
-    );
-    let diff = format!("--- a/fs/binfmt_elf.c\n+++ b/fs/binfmt_elf.c\n{hunk}");
-    let diff = Diff::parse(diff.as_bytes()).unwrap();
-    let built = kernel.tree().compile_both(&diff, 1, &|_| {}).unwrap();
+    let line = "\tif (memcmp(elf_ex->e_ident, ELFMAG, SELFMAG) != 0)";
+    let other = line.replace("!= 0", "> 0");
+    let diff = changed(&kernel, "fs/binfmt_elf.c", line, &other);
+    let built = tree(&kernel).compile_both(&diff, 1, &|_| {}).unwrap();
     let files: Vec<_> = built
         .pairs
         .iter()
@@ -141,14 +123,22 @@ fn what_the_makefile_of_another_folder_builds_is_compiled_as_changed() {
     let Some(kernel) = Kernel::given() else {
         return;
     };
-    let text = fs::read_to_string(kernel.source.join("virt/kvm/binary_stats.c")).unwrap();
-    let line = "\tssize_t len;\n";
-    let (before, _) = text.split_once(line).unwrap();
-    let number = before.lines().count() + 1;
-    let head = "--- a/virt/kvm/binary_stats.c\n+++ b/virt/kvm/binary_stats.c\n";
-    let hunk = format!("@@ -{number} +{number} @@\n-{line}+\tvolatile ssize_t len;\n");
-    let diff = Diff::parse(format!("{head}{hunk}").as_bytes()).unwrap();
-    let built = kernel.tree().compile_both(&diff, 0, &|_| {}).unwrap();
+    let file = "virt/kvm/binary_stats.c";
+    let diff = changed(&kernel, file, "\tssize_t len;", "\tvolatile ssize_t len;");
+    let built = tree(&kernel).compile_both(&diff, 0, &|_| {}).unwrap();
     assert_eq!(built.pairs[0].module.as_deref(), Some("kvm"));
     assert!(code(&built.pairs[0].old) != code(&built.pairs[0].new));
+}
+
+/// In a folder that the kernel's makefiles reach in two ways, which got in each other's way.
+#[test]
+fn assembly_of_an_architecture_is_compiled() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let file = "arch/x86/lib/clear_page_64.S";
+    let diff = changed(&kernel, file, "\trep stosq", "\trep stosq\n\tnop");
+    let built = tree(&kernel).compile_both(&diff, 0, &|_| {}).unwrap();
+    let (old, new) = (code(&built.pairs[0].old), code(&built.pairs[0].new));
+    assert!(old[".text"] != new[".text"]);
 }

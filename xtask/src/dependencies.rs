@@ -13,7 +13,7 @@ const ALLOWED: [(&str, &[&str]); 7] = [
     ("vmpatch-introspect", &[]),
     ("vmpatch-patcher", &["vmpatch-introspect"]),
     ("vmpatch-vmm", &["vmpatch-introspect"]),
-    ("vmpatch-kbuild", &[]),
+    ("vmpatch-kbuild", &["vmpatch-testkit"]),
     ("vmpatch-testkit", &[]),
     (
         "vmpatch",

@@ -3,6 +3,7 @@
 
 mod console;
 mod guest;
+mod kernel;
 mod log;
 mod oracle;
 mod patch;
@@ -12,9 +13,10 @@ mod tool;
 
 pub use console::Console;
 pub use guest::{Boot, Guest, Image};
+pub use kernel::Kernel;
 pub use log::{Baseline, troubles};
 pub use oracle::Oracle;
-pub use patch::{Side, objects, patch_file};
+pub use patch::{Side, extra, objects, patch_file};
 pub use ram::{Ram, Snapshot};
 pub use soak::{Soak, SoakReport};
 pub use tool::{Answer, Tool};

@@ -1,5 +1,6 @@
 //! Patch files made with `vmpatch build` from the objects that xtask compiled.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -27,6 +28,18 @@ pub fn objects(guest: &str, patch: &str) -> Result<PathBuf> {
         .with_context(|| format!("no objects in {}", dir.display()))
 }
 
+/// What a guest has besides its image, below `VMPATCH_EXTRAS`: a file of that name.
+///
+/// # Errors
+/// The variable is not set or there is no such file.
+pub fn extra(guest: &str, name: &str) -> Result<PathBuf> {
+    let root = std::env::var_os("VMPATCH_EXTRAS")
+        .context("VMPATCH_EXTRAS is not set; run this by `cargo xtask`")?;
+    let file = PathBuf::from(root).join(guest).join(name);
+    file.canonicalize()
+        .with_context(|| format!("no {}", file.display()))
+}
+
 /// Builds a patch file in `dir` from the pair in `objects`.
 ///
 /// # Errors
@@ -47,10 +60,14 @@ pub fn patch_file(
         .iter()
         .map(Into::into)
         .collect();
+    let object = fs::read_to_string(objects.join("object"))
+        .with_context(|| format!("{} names no object", objects.display()))?;
     words.extend([
         objects.join(old).into(),
         "--new".into(),
         objects.join(new).into(),
+        "--object".into(),
+        object.into(),
         "--output".into(),
         file.clone().into(),
     ]);

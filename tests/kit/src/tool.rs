@@ -20,6 +20,7 @@ const LOOK: Duration = Duration::from_millis(5);
 pub struct Tool {
     path: PathBuf,
     env: Vec<(String, String)>,
+    limit: Duration,
 }
 
 /// What one call answered.
@@ -54,6 +55,16 @@ impl Tool {
         Self {
             path: path.into(),
             env: Vec::new(),
+            limit: LIMIT,
+        }
+    }
+
+    /// The same tool, whose calls may take so long, as those may that wait for each other.
+    #[must_use]
+    pub fn within(&self, limit: Duration) -> Self {
+        Self {
+            limit,
+            ..self.clone()
         }
     }
 
@@ -100,7 +111,7 @@ impl Tool {
         let since = Instant::now();
         let mut command = self.command();
         command.arg("--json").args(args);
-        let output = ended(&mut command, LIMIT)
+        let output = ended(&mut command, self.limit)
             .with_context(|| format!("cannot run {}", self.path.display()))?;
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         Ok(Answer {
