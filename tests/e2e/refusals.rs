@@ -1,12 +1,13 @@
 //! What must not go in does not: each has its own words and exit code, and nothing is written.
 
 use std::fs;
+use std::process::Command;
 
-use vmpatch_testkit::{Guest, Side, Snapshot};
+use vmpatch_testkit::{Guest, Side, Snapshot, objects, patch_file};
 
 use crate::support::{
-    VERSION, assert_changed, assert_no_trouble, expect, expect_alone, guest_name, patch, patch_for,
-    shared,
+    Patch, VERSION, assert_changed, assert_no_trouble, expect, expect_alone, guest_name, patch,
+    patch_for, shared, tool,
 };
 
 /// What the guest's memory must stay.
@@ -23,6 +24,25 @@ fn refused(guest: &Guest, patch: &str) -> String {
     let answer = expect(guest, 3, &["apply", patch]);
     assert_eq!(answer.json["result"], "refused", "{}", answer.stdout);
     answer.json["reason"].as_str().unwrap().to_owned()
+}
+
+/// No kernel has a function of this name.
+const LACKED: &str = "printed_by_nobody";
+
+/// A patch whose new code calls a function that is not there.
+fn calls_what_the_guest_lacks() -> Patch {
+    let pair = objects(&guest_name(), VERSION).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["old.o", "object"] {
+        fs::copy(pair.join(file), dir.path().join(file)).unwrap();
+    }
+    let made = Command::new("objcopy")
+        .arg(format!("--redefine-sym=seq_printf={LACKED}"))
+        .args([pair.join("new.o"), dir.path().join("new.o")])
+        .status();
+    assert!(made.unwrap().success());
+    let file = patch_file(&tool(), dir.path(), "lacking", Side::Forward, dir.path()).unwrap();
+    Patch { dir, file }
 }
 
 #[test]
@@ -58,6 +78,11 @@ fn each_unfit_patch_is_refused_for_its_own_reason() {
     fs::write(&damaged, &flipped).unwrap();
     reasons.push(refused(guest, damaged.to_str().unwrap()));
     untouched.assert(guest, "a flipped bit");
+
+    let lacking = calls_what_the_guest_lacks();
+    reasons.push(refused(guest, lacking.path()));
+    assert!(reasons.last().unwrap().contains(LACKED), "{reasons:#?}");
+    untouched.assert(guest, "a symbol that the guest lacks");
 
     for reason in &reasons {
         eprintln!("refused: {reason}");

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
 
 use tempfile::TempDir;
-use vmpatch_testkit::{Answer, Boot, Guest, Image, Side, Tool, objects, patch_file};
+use vmpatch_testkit::{Answer, Boot, Guest, Image, Side, Tool, extra, objects, patch_file};
 
 /// Changes the first line of /proc/version.
 pub(crate) const VERSION: &str = "proc-version";
@@ -35,13 +35,27 @@ pub(crate) fn expect_alone(code: i32, words: &[&str]) -> Answer {
     tool().call(words).unwrap().expect_code(code).unwrap()
 }
 
+/// A patch that was built from its diff, for the guest under test.
+pub(crate) fn built(name: &str) -> String {
+    let file = extra(&guest_name(), &format!("{name}.vmpatch")).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
 /// Boots a guest of its own for a test that ends it.
 pub(crate) fn boot(id: &str) -> Guest {
+    start(Boot::new(id).cmdline("vmpatch.loop=/proc/version"))
+}
+
+/// One that prints nothing unless it is asked. While a kernel prints an oops, it takes no care of others that use the console.
+pub(crate) fn boot_silent(id: &str) -> Guest {
+    start(Boot::new(id))
+}
+
+fn start(mut boot: Boot) -> Guest {
     let image = Image::named(&guest_name()).unwrap();
-    Boot::new(id)
-        .cmdline("vmpatch.loop=/proc/version")
-        .start(&tool(), &image)
-        .unwrap()
+    // Those that need what is in it fail without.
+    boot.initrd = extra(&guest_name(), "initrd").ok();
+    boot.start(&tool(), &image).unwrap()
 }
 
 /// The guest that the tests share, one test at a time; it prints /proc/version all the while. Each test leaves it as it found it.
@@ -64,6 +78,7 @@ pub(crate) fn shared() -> MutexGuard<'static, Option<Guest>> {
 pub(crate) struct Patch {
     /// Keeps the file.
     pub(crate) dir: TempDir,
+    /// The file.
     pub(crate) file: PathBuf,
 }
 

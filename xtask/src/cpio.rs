@@ -1,7 +1,11 @@
 //! Writes archives in the "newc" format that Linux unpacks as its first root file system
 //! (Linux v6.12 Documentation/driver-api/early-userspace/buffer-format.rst). Does not read them.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
 
 /// File type bits of `st_mode` (POSIX `sys/stat.h`, values as the format fixes them).
 const DIRECTORY: u32 = 0o040_000;
@@ -81,6 +85,14 @@ impl<W: Write> Archive<W> {
         self.out
             .write_all(&[0; 3][..bytes.len().next_multiple_of(4) - bytes.len()])
     }
+}
+
+/// The archive in the file `base` and then `more`, as one: the kernel unpacks the second over the first.
+pub(crate) fn behind(base: &Path, more: &[u8]) -> Result<Vec<u8>> {
+    let mut all = fs::read(base).with_context(|| format!("cannot read {}", base.display()))?;
+    all.resize(all.len().next_multiple_of(4), 0);
+    all.extend(more);
+    Ok(all)
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@ mod dependencies;
 mod documents;
 mod dumps;
 mod emulator;
+mod external;
+mod extras;
 mod host;
 mod images;
 mod inside;

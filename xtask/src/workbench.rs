@@ -61,6 +61,11 @@ impl Workbench {
         })
     }
 
+    /// What it was prepared by.
+    pub(crate) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
     /// The folder for results.
     pub(crate) fn out(&self) -> &Path {
         &self.out
@@ -106,6 +111,7 @@ impl Workbench {
             "VMPATCH_OBJECTS".to_owned(),
             text(&self.out.join("objects")),
         ));
+        env.push(("VMPATCH_EXTRAS".to_owned(), text(&self.out.join("extras"))));
         env.push(("VMPATCH_WHERE".to_owned(), host::place().word().to_owned()));
         Ok(env)
     }

@@ -1,7 +1,6 @@
 //! `cargo xtask corpus`: every fix of `tests/corpus/` from its diff to a patch, and that into a running guest and out again.
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -16,7 +15,7 @@ use crate::corpus::verdict::{self, Row};
 use crate::corpus::{Entry, Expected, ramdisk};
 use crate::manifest::Manifest;
 use crate::workbench::Workbench;
-use crate::{checksum, images, packages, paths, progress, publish};
+use crate::{packages, paths, progress, publish};
 
 /// The kernel that the entries mend.
 pub(crate) const GUEST: &str = "debian-6.12";
@@ -38,7 +37,7 @@ pub(crate) struct CorpusArgs {
 pub(crate) fn run(args: &CorpusArgs) -> Result<i32> {
     let manifest = setup::tools()?;
     let entries = Entry::load(&args.names)?;
-    let kernel = kernel(&manifest, GUEST)?;
+    let kernel = build::kernel(&manifest, GUEST)?;
     let modules = modules(&manifest, &entries)?;
     // A folder of its own: what is built now must not disturb a guest that another run has.
     let name = if args.build_only {
@@ -56,20 +55,6 @@ pub(crate) fn run(args: &CorpusArgs) -> Result<i32> {
     report(&entries, &built, &outcomes, args.build_only)
 }
 
-/// Source and configuration of a guest's kernel, as files.
-pub(crate) fn kernel(manifest: &Manifest, guest: &str) -> Result<Kernel> {
-    let recipe = images::recipe(manifest, guest)?;
-    let config = paths::cache()?
-        .join("corpus")
-        .join(format!("{guest}.config"));
-    fs::create_dir_all(config.parent().unwrap_or(&config))?;
-    publish::file(&config, recipe.config.as_bytes())?;
-    Ok(Kernel {
-        source: recipe.source,
-        config,
-    })
-}
-
 fn modules(manifest: &Manifest, entries: &[Entry]) -> Result<Vec<Vec<Module>>> {
     let guest = packages::settle(manifest.guest(GUEST)?)?;
     let tree = packages::unpacked(&guest, &guest.image)?;
@@ -79,7 +64,7 @@ fn modules(manifest: &Manifest, entries: &[Entry]) -> Result<Vec<Vec<Module>>> {
 }
 
 fn build_all(tool: &Tool, kernel: &Kernel, entries: &[Entry]) -> Result<Vec<Built>> {
-    let product = product(tool)?;
+    let product = build::product(tool)?;
     let mut all = Vec::new();
     for (at, entry) in entries.iter().enumerate() {
         let step = progress::step(format!("{}/{} {}", at + 1, entries.len(), entry.name));
@@ -89,13 +74,6 @@ fn build_all(tool: &Tool, kernel: &Kernel, entries: &[Entry]) -> Result<Vec<Buil
         all.push(built);
     }
     Ok(all)
-}
-
-/// Names this very product.
-fn product(tool: &Tool) -> Result<String> {
-    let path = PathBuf::from(tool.command().get_program());
-    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(checksum::of_parts(&[&bytes]))
 }
 
 /// Tries every patch there is where stock kernels can run.

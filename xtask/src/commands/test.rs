@@ -12,7 +12,7 @@ use super::setup;
 use crate::manifest::Manifest;
 use crate::tally::{Reader, Tally};
 use crate::workbench::{PATCHES, Workbench, build_test};
-use crate::{comparisons, images, paths, progress, run};
+use crate::{comparisons, extras, images, paths, progress, run};
 
 /// Guests and which end-to-end tests each goes through: all of them, or those whose names hold one of these.
 const SUITES: [(&str, &[&str]); 3] = [
@@ -26,10 +26,13 @@ const SUITES: [(&str, &[&str]); 3] = [
             "hooks::",
             "shadow::",
             "sleeper::",
+            "classics::",
         ],
     ),
     ("lean-fp", &["apply::", "oracle::", "busy::", "sleeper::"]),
 ];
+/// Topics of tests that need what `xtask/src/extras.rs` makes.
+const EXTRAS: [&str; 2] = ["classics::", "held::"];
 /// The end-to-end tests take minutes in emulation; beyond this something hangs.
 const LIMIT: Duration = Duration::from_secs(25 * 60);
 
@@ -74,15 +77,12 @@ pub(crate) fn run(args: &TestArgs) -> Result<i32> {
     );
     let bench = Workbench::prepare(manifest, "test", &guests, &PATCHES)?;
     let program = build_test("e2e")?;
+    prepare_extras(&bench, &program, args, &suites)?;
     let log = bench.out().join("e2e.log");
     // Begun anew, it is counted anew.
     let mut script = format!("rm -f {}\n", log.display());
     for (guest, own) in &suites {
-        let filter: Vec<&str> = if args.filter.is_empty() {
-            own.to_vec()
-        } else {
-            args.filter.iter().map(String::as_str).collect()
-        };
+        let filter = filter(args, own);
         script.push_str(&format!(
             "echo; echo '## guest {guest}'; VMPATCH_GUEST={guest} {} --ignored --test-threads 1 {} 2>&1 | tee -a {}\n",
             program.display(),
@@ -93,6 +93,42 @@ pub(crate) fn run(args: &TestArgs) -> Result<i32> {
     bench.run(vec!["/bin/sh".to_owned(), "-c".to_owned(), script], LIMIT)?;
     tally.skipped += skipped(&program, &left_out)?;
     report(&bench, suites.len(), tally)
+}
+
+/// Makes what only some tests need, for the guests whose suites have one of those.
+fn prepare_extras(
+    bench: &Workbench,
+    program: &Path,
+    args: &TestArgs,
+    suites: &[Suite],
+) -> Result<()> {
+    for (guest, own) in suites {
+        let tests = tests(program, &filter(args, own))?;
+        let needs = |test: &String| EXTRAS.iter().any(|topic| test.starts_with(topic));
+        if bench.manifest().guest(guest).is_ok() && tests.iter().any(needs) {
+            extras::prepare(bench, guest)?;
+        }
+    }
+    Ok(())
+}
+
+fn filter<'a>(args: &'a TestArgs, own: &[&'a str]) -> Vec<&'a str> {
+    if args.filter.is_empty() {
+        own.to_vec()
+    } else {
+        args.filter.iter().map(String::as_str).collect()
+    }
+}
+
+/// Names of the end-to-end tests that pass the filter.
+fn tests(program: &Path, filter: &[&str]) -> Result<Vec<String>> {
+    let list = run::stdout(
+        Command::new(program)
+            .args(["--ignored", "--list"])
+            .args(filter),
+    )?;
+    let names = list.lines().filter_map(|line| line.strip_suffix(": test"));
+    Ok(names.map(str::to_owned).collect())
 }
 
 /// Runs the crates' own tests, with real kernels to compare with.
@@ -138,12 +174,7 @@ fn suites(args: &TestArgs, manifest: &Manifest) -> Result<(Vec<Suite>, Vec<Suite
 fn skipped(program: &Path, left_out: &[Suite]) -> Result<u32> {
     let mut count = 0;
     for (guest, filter) in left_out {
-        let list = run::stdout(
-            Command::new(program)
-                .args(["--ignored", "--list"])
-                .args(*filter),
-        )?;
-        let tests = list.lines().filter(|l| l.ends_with(": test")).count();
+        let tests = tests(program, filter)?.len();
         progress::warn(&format!(
             "SKIPPED: {tests} tests of {guest}, whose kernel is not built (cargo xtask test --all)"
         ));

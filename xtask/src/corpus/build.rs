@@ -11,7 +11,8 @@ use serde_json::Value;
 use vmpatch_testkit::Tool;
 
 use super::Entry;
-use crate::{checksum, paths, publish};
+use crate::manifest::Manifest;
+use crate::{checksum, images, paths, publish};
 
 /// The exit code of a refusal.
 pub(crate) const REFUSED: i32 = 3;
@@ -38,15 +39,39 @@ pub(crate) struct Built {
     pub seconds: f64,
 }
 
+/// Source and configuration of a guest's kernel, as files.
+pub(crate) fn kernel(manifest: &Manifest, guest: &str) -> Result<Kernel> {
+    let recipe = images::recipe(manifest, guest)?;
+    let config = paths::cache()?
+        .join("corpus")
+        .join(format!("{guest}.config"));
+    fs::create_dir_all(config.parent().unwrap_or(&config))?;
+    publish::file(&config, recipe.config.as_bytes())?;
+    Ok(Kernel {
+        source: recipe.source,
+        config,
+    })
+}
+
 /// Builds one entry, or takes what came of it before.
 pub(crate) fn build(tool: &Tool, product: &str, kernel: &Kernel, entry: &Entry) -> Result<Built> {
-    let dir = folder(entry)?;
-    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    let diff = fs::read(entry.diff())
-        .with_context(|| format!("cannot read {}", entry.diff().display()))?;
+    kept(tool, product, kernel, &entry.diff(), &patch(entry)?)
+}
+
+/// Builds a patch from a diff into a folder of its own, or takes what is there of the same product, diff and kernel.
+pub(crate) fn kept(
+    tool: &Tool,
+    product: &str,
+    kernel: &Kernel,
+    diff: &Path,
+    patch: &Path,
+) -> Result<Built> {
+    let dir = patch.parent().context("a patch without a folder")?;
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let text = fs::read(diff).with_context(|| format!("cannot read {}", diff.display()))?;
     let made_of = checksum::of_parts(&[
         product.as_bytes(),
-        &diff,
+        &text,
         kernel.source.as_os_str().as_encoded_bytes(),
         &fs::read(&kernel.config)
             .with_context(|| format!("cannot read {}", kernel.config.display()))?,
@@ -55,7 +80,7 @@ pub(crate) fn build(tool: &Tool, product: &str, kernel: &Kernel, entry: &Entry) 
     if fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == made_of)
         && let Ok(text) = fs::read(&log)
         && let Ok(built) = serde_json::from_slice::<Built>(&text)
-        && (!built.is_patch() || patch(entry)?.exists())
+        && (!built.is_patch() || patch.exists())
     {
         return Ok(built);
     }
@@ -63,10 +88,17 @@ pub(crate) fn build(tool: &Tool, product: &str, kernel: &Kernel, entry: &Entry) 
     if stamp.exists() {
         fs::remove_file(&stamp).with_context(|| format!("cannot remove {}", stamp.display()))?;
     }
-    let built = now(tool, kernel, &entry.diff(), &patch(entry)?)?;
+    let built = now(tool, kernel, diff, patch)?;
     publish::file(&log, &serde_json::to_vec_pretty(&built)?)?;
     publish::file(&stamp, made_of.as_bytes())?;
     Ok(built)
+}
+
+/// Names this very product.
+pub(crate) fn product(tool: &Tool) -> Result<String> {
+    let path = PathBuf::from(tool.command().get_program());
+    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(checksum::of_parts(&[&bytes]))
 }
 
 /// Builds a patch from a diff.

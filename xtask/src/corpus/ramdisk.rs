@@ -1,6 +1,5 @@
 //! What a guest needs beside its own first file system: the modules of the corpus, compiled probes, the load. Appended to that
-//! file system as a second archive, which the kernel unpacks over the first
-//! (Linux v6.12 Documentation/driver-api/early-userspace/buffer-format.rst).
+//! file system as a second archive.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::Entry;
 use super::modules::Module;
-use crate::cpio::Archive;
+use crate::cpio::{self, Archive};
 use crate::run;
 
 /// Forks, reads /proc, writes files and talks over the loopback device for as long as the guest lives, with pauses: the guest has
@@ -53,10 +52,7 @@ pub(crate) fn make(
             )?;
         }
     }
-    let mut all = fs::read(base).with_context(|| format!("cannot read {}", base.display()))?;
-    all.resize(all.len().next_multiple_of(4), 0);
-    all.extend(archive.finish()?);
-    Ok(all)
+    cpio::behind(base, &archive.finish()?)
 }
 
 /// Where the compiled probe of an entry lies in the guest.

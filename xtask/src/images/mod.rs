@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::manifest::Manifest;
 use crate::publish::Staging;
-use crate::{checksum, paths, progress};
+use crate::{checksum, packages, paths, progress};
 
 pub(crate) use recipe::{Recipe, recipe};
 
@@ -52,6 +52,11 @@ pub(crate) fn names(manifest: &Manifest) -> Vec<&str> {
     guests
         .chain(manifest.leans.iter().map(|l| l.name.as_str()))
         .collect()
+}
+
+/// A folder to build modules in for a guest with a distribution's kernel.
+pub(crate) fn build_tree(manifest: &Manifest, name: &str) -> Result<PathBuf> {
+    debian::build_tree(&packages::settle(manifest.guest(name)?)?)
 }
 
 /// Whether making this image takes no kernel build.

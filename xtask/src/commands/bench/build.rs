@@ -11,7 +11,7 @@ use vmpatch_testkit::{Guest, Image, Tool};
 use super::{spinner, stop_window};
 use crate::commands::{corpus, setup};
 use crate::corpus::Entry;
-use crate::corpus::build::{Kernel, now};
+use crate::corpus::build::{self, Kernel, now};
 use crate::host::{self, Place};
 use crate::inside::link_verify_ms;
 use crate::inside::stats::percentile;
@@ -55,8 +55,8 @@ struct Line {
 /// Prepares and measures.
 pub(super) fn run(rounds: u32) -> Result<i32> {
     let manifest = setup::tools()?;
-    let kernel = corpus::kernel(&manifest, corpus::GUEST)?;
-    let lean = corpus::kernel(&manifest, stop_window::GUEST)?;
+    let kernel = build::kernel(&manifest, corpus::GUEST)?;
+    let lean = build::kernel(&manifest, stop_window::GUEST)?;
     let bench = Workbench::prepare(manifest, "build", &[stop_window::GUEST], &[])?;
     let tool = Tool::at(bench.vmpatch());
     let builds = builds(&tool, &kernel, &bench, rounds)?;
