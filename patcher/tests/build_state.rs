@@ -3,7 +3,10 @@
 
 mod objects;
 
-use objects::{named, new_body, nothing, patch, refused};
+use objects::{
+    build_objects, build_pairs, compile_with, named, new_body, nothing, pair, patch, refused,
+};
+use vmpatch_patcher::build::BuildError;
 use vmpatch_patcher::patch::Symbol;
 
 const INIT: &str = "static section(\".init.data\") int table[2] = { 3, 4 };
@@ -104,4 +107,88 @@ fn what_is_plainly_read_or_written_is_found_whatever_lies_beside_it() {
     for name in ["guest one", "guest two", "own fresh"] {
         assert!(names.iter().any(|it| it == name), "{names:?}");
     }
+}
+
+#[test]
+fn a_static_variable_that_changes_its_scope_or_type_is_refused() {
+    let within = "int run(int n) { static int count; count += n; use(&count); return count; }";
+    let file = "static int count; int run(int n) { count += n; use(&count); return count; }";
+    let wide = within.replace("static int", "static long");
+    for (old, new) in [(within, file), (file, within), (within, &wide)] {
+        let report = refused(old, new);
+        let said = report
+            .refused
+            .iter()
+            .all(|it| it.reason.contains("one of several"));
+        assert!(said && report.refused[0].name == "run", "{report}");
+    }
+}
+
+#[test]
+fn static_variables_of_one_name_in_a_changed_function_are_refused() {
+    let block = |what: &str| format!("{{ static int seen; seen {what} n; use(&seen); }}");
+    let run = |blocks: [&str; 2]| {
+        format!(
+            "int run(int n) {{ {} return n; }}",
+            blocks.map(block).concat()
+        )
+    };
+    let report = refused(&run(["+=", "^="]), &run(["^=", "-="]));
+    assert!(
+        report.refused[0].reason.contains("one of several"),
+        "{report}"
+    );
+}
+
+#[test]
+fn debug_information_tells_whose_a_static_variable_is() {
+    let own = "int a(int n) { static int state; state += n; use(&state); return n; }";
+    let other =
+        "static inline __attribute__((always_inline)) int b(int n) { static int state; state ^= n;
+        use(&state); return n; } int a(int n) { return b(n) + 1; }";
+    let with = |source: &str| compile_with(source, &["-g"]);
+    let Err(BuildError::Refused(report)) = build_objects(&with(own), &with(other)) else {
+        panic!("not refused");
+    };
+    let said: Vec<_> = report.refused().collect();
+    assert!(said[0].contains("one of several"), "{said:?}");
+    let changed = other.replace("+ 1", "+ 2");
+    for (old, new) in [(own, own.replace("+=", "-=")), (other, changed)] {
+        let (patch, _) = build_objects(&with(old), &with(&new)).unwrap();
+        let names = named(&patch, &new_body(&patch).relocations);
+        assert!(
+            names.iter().any(|it| it.starts_with("guest state")),
+            "{names:?}"
+        );
+    }
+}
+
+#[test]
+fn empty_variables_are_nobodys_state() {
+    let key = "{ static struct {} __key; use(&__key); }";
+    let run = |keys: usize| format!("int run(int n) {{ {} return n; }}", key.repeat(keys));
+    patch(&run(1), &run(3));
+}
+
+#[test]
+fn a_variable_that_another_file_cannot_bring_is_refused_where_it_is_used() {
+    let old = "int run(int n) { return n; }";
+    let user = "extern int mine; int go(int n) { return n + mine; }";
+    let (defines, uses) = ("section(\".data..percpu\") int mine = 3;", user);
+    let objects = [
+        old,
+        &format!("{defines} {old}"),
+        "int go(int n) { return n; }",
+        uses,
+    ];
+    let objects = objects.map(|it| compile_with(it, &[]));
+    let pairs = [
+        pair("a.c", &objects[0], &objects[1]),
+        pair("b.c", &objects[2], &objects[3]),
+    ];
+    let Err(BuildError::Refused(report)) = build_pairs(&pairs) else {
+        panic!("not refused");
+    };
+    let said: Vec<_> = report.refused().collect();
+    assert!(said[0].contains("per-CPU"), "{said:?}");
 }

@@ -123,6 +123,14 @@ fn code((side, names, function): Seen<'_>) -> Content {
 /// The function that prints a warning's message (Linux v6.1 and v6.12 kernel/panic.c; include/asm-generic/bug.h, `__WARN_printf`).
 const MESSAGE: &str = "__warn_printk";
 
+/// The bytes of a function without its fields and the lines of its warnings.
+pub(super) fn shape(side: &Side, function: usize) -> Vec<u8> {
+    let seen = (side, &Names::default(), function);
+    let mut bytes = code(seen).bytes;
+    mask_lines(seen, &mut bytes);
+    bytes
+}
+
 /// Puts the number of a warning in the place of its line where an instruction loads the line for the warning's message
 /// (`WARN(…, __LINE__)` as in `ASSERT_RTNL`, Linux v6.12 include/linux/rtnetlink.h): the same number in both
 /// objects then means the same warning, whatever line it moved to. A number that is loaded for anything else is not a line.

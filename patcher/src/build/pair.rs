@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
+use super::compare;
 use super::inventory::{Function, clone_base, numbered_base};
 use super::key::{self, Key, Names, is_numbered_constant};
 use super::policy;
@@ -157,7 +158,7 @@ pub(super) fn pair(old: &Side, new: &Side) -> Pairs {
     by_name(old, new, &mut pairs);
     by_position_in_equal_code(old, new, &mut pairs);
     by_what_they_describe(old, new, &mut pairs);
-    by_order_of_use(old, new, &mut pairs);
+    by_use(old, new, &mut pairs);
     what_is_left_is_uncertain(old, new, &mut pairs);
     pairs
 }
@@ -243,7 +244,7 @@ fn by_position_in_equal_code(old: &Side, new: &Side, pairs: &mut Pairs) {
                 .collect()
         };
         if shape(old, old_function) != shape(new, new_function)
-            || old.function_bytes(old_function).len() != new.function_bytes(new_function).len()
+            || compare::shape(old, old_function) != compare::shape(new, new_function)
         {
             continue;
         }
@@ -317,37 +318,67 @@ fn line(section: &Section, start: u64) -> u32 {
     field.map_or(0, u32::from_le_bytes) & 0x3_ffff
 }
 
-/// In functions of the same name: variables of the same base name and size, in the order of their first
-/// use, if there are as many of them.
-fn by_order_of_use(old: &Side, new: &Side, pairs: &mut Pairs) {
+/// In functions that are the same: the variable of a base name, where each has just one and it is the function's own in both.
+/// For what only messages depend on, those of the same size in the order of their first use, if there are as many.
+fn by_use(old: &Side, new: &Side, pairs: &mut Pairs) {
     for (new_function, old_function) in pairs.functions() {
-        let before = uses(old, old_function, |it| !pairs.taken.contains(&it));
-        let after = uses(new, new_function, |it| pairs.old_of(it).is_none());
-        for (kind, ours) in after {
-            match before.get(&kind) {
-                None => {}
-                Some(theirs) if theirs.len() == ours.len() => {
-                    for (ours, theirs) in ours.iter().zip(theirs) {
-                        pairs.add(*ours, *theirs);
-                    }
+        let before = uses(old, old_function);
+        for (base, ours) in uses(new, new_function) {
+            let Some(theirs) = before.get(&base) else {
+                continue;
+            };
+            match (&ours[..], &theirs[..]) {
+                ([ours], [theirs])
+                    if alike(old, *theirs, new, *ours)
+                        && old.owners_of(*theirs) == new.owners_of(*ours) =>
+                {
+                    pairs.add(*ours, *theirs);
                 }
-                Some(_) => pairs.uncertain.extend(ours),
+                _ if ours.iter().all(|it| is_stateless(new, *it)) => {
+                    in_order((old, theirs), (new, &ours), pairs);
+                }
+                _ => {}
             }
         }
     }
 }
 
-type Uses = BTreeMap<(String, u64), Vec<usize>>;
+fn in_order((old, theirs): (&Side, &[usize]), (new, ours): (&Side, &[usize]), pairs: &mut Pairs) {
+    let theirs: Vec<_> = theirs
+        .iter()
+        .filter(|it| !pairs.taken.contains(it))
+        .collect();
+    let ours: Vec<_> = ours
+        .iter()
+        .filter(|it| pairs.old_of(**it).is_none())
+        .collect();
+    if ours.len() == theirs.len() {
+        for (ours, theirs) in ours.into_iter().zip(theirs) {
+            if alike(old, *theirs, new, *ours) {
+                pairs.add(*ours, *theirs);
+            }
+        }
+    }
+}
 
-fn uses(side: &Side, function: usize, wanted: impl Fn(usize) -> bool) -> Uses {
-    let mut uses = Uses::new();
+/// Whether nothing but messages depends on which of several variables this is. Some are empty (`struct lock_class_key`, Linux
+/// v6.12 include/linux/lockdep_types.h).
+pub(super) fn is_stateless(side: &Side, variable: usize) -> bool {
+    let it = side.variable(variable);
+    it.size == 0 || policy::is_about_messages(&side.home_of_variable(variable).name, &it.name)
+}
+
+/// Variables by base name.
+type Bases = BTreeMap<String, Vec<usize>>;
+
+fn uses(side: &Side, function: usize) -> Bases {
+    let mut uses = Bases::new();
     for reference in &side.code[function].references {
-        let Some(variable) = numbered(side, &reference.target).filter(|it| wanted(*it)) else {
+        let Some(variable) = numbered(side, &reference.target) else {
             continue;
         };
-        let it = side.variable(variable);
-        let base = numbered_base(&it.name).unwrap_or_default().to_owned();
-        let list = uses.entry((base, it.size)).or_default();
+        let base = numbered_base(&side.variable(variable).name).unwrap_or_default();
+        let list = uses.entry(base.to_owned()).or_default();
         if !list.contains(&variable) {
             list.push(variable);
         }
@@ -355,29 +386,25 @@ fn uses(side: &Side, function: usize, wanted: impl Fn(usize) -> bool) -> Uses {
     uses
 }
 
-/// What is left over on both sides with the same base name and size may be the same or not: a function may
-/// have been renamed, or one variable may have gone and another come.
+/// What is left over on both sides with the same base name may be the same or not: a function may have been renamed, one
+/// variable may have gone and another come, or one may have moved into or out of a function or changed its type.
 fn what_is_left_is_uncertain(old: &Side, new: &Side, pairs: &mut Pairs) {
     let before = left_over(old, |it| !pairs.taken.contains(&it));
     let after = left_over(new, |it| pairs.old_of(it).is_none());
-    for (kind, ours) in after {
-        if before.contains_key(&kind) {
+    for (base, ours) in after {
+        if before.contains_key(&base) {
             pairs.uncertain.extend(ours);
         }
     }
 }
 
-fn left_over(side: &Side, wanted: impl Fn(usize) -> bool) -> Uses {
-    let mut uses = Uses::new();
+fn left_over(side: &Side, wanted: impl Fn(usize) -> bool) -> Bases {
+    let mut left = Bases::new();
     for (index, it) in side.inventory.variables.iter().enumerate() {
-        if let Some(base) = numbered_base(&it.name)
-            && !is_numbered_constant(side, index)
-            && wanted(index)
-        {
-            uses.entry((base.to_owned(), it.size))
-                .or_default()
-                .push(index);
+        if side.home_of_variable(index).flags.write && wanted(index) {
+            let base = numbered_base(&it.name).unwrap_or(&it.name);
+            left.entry(base.to_owned()).or_default().push(index);
         }
     }
-    uses
+    left
 }

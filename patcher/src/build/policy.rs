@@ -63,9 +63,9 @@ pub(super) fn new_data(section: &str) -> Result<(), &'static str> {
 }
 
 /// Whether a variable may be new although it may be one of the guest's: all that depends on it is whether a message is told
-/// (`pr_debug`; `WARN_ONCE` and its like, Linux v6.12 include/linux/once_lite.h).
+/// (`pr_debug`; `WARN_ONCE` and its like, Linux v6.12 include/linux/once_lite.h; `printk_ratelimited`, include/linux/printk.h).
 pub(super) fn is_about_messages(section: &str, name: &str) -> bool {
-    section == DYNAMIC_DEBUG || numbered_base(name) == Some("__already_done")
+    section == DYNAMIC_DEBUG || matches!(numbered_base(name), Some("__already_done" | "_rs"))
 }
 
 /// Whether no one computes addresses in a section of several variables but those of their starts.

@@ -11,7 +11,6 @@ use super::report::Refused;
 use super::site::{self, Resolver};
 use super::unit::Unit;
 use crate::object::SectionId;
-use crate::patch::SHADOW_ROOT;
 
 /// Names what new code and new data refer to.
 pub(super) struct NewResolver<'c, 'a> {
@@ -88,6 +87,12 @@ impl NewResolver<'_, '_> {
                 let of = &self.collector.units[unit].object;
                 let reason =
                     format!("it is newly used of module {of}, which may be unloaded before");
+                self.refuse(&name, &reason);
+                return None;
+            }
+            if let Thing::Variable(variable) = thing
+                && let Err(reason) = self.collector.units[unit].can_bring(variable)
+            {
                 self.refuse(&name, &reason);
                 return None;
             }
@@ -169,27 +174,8 @@ impl NewResolver<'_, '_> {
             }
             return Some((self.collector.symbols.guest(name), distance));
         }
-        let name = &new.variable(variable).name;
-        if name == SHADOW_ROOT {
-            let reason =
-                format!("{name} is vmpatch's, for all patches: it is declared, never defined");
+        if let Err(reason) = self.unit.can_bring(variable) {
             self.refuse(&section, &reason);
-            return None;
-        }
-        if self.unit.pairs.is_uncertain(variable) && !policy::is_about_messages(&section, name) {
-            let reason = format!("{name} may be one of several static variables of the old object");
-            self.refuse(&section, &reason);
-            return None;
-        }
-        if self.unit.moves.doubtful.contains(&variable)
-            && !policy::is_about_messages(&section, name)
-        {
-            let reason = format!("{name} may be a variable that another file of the patch had");
-            self.refuse(&section, &reason);
-            return None;
-        }
-        if let Err(reason) = policy::new_data(&section) {
-            self.refuse(&section, &format!("{reason} ({name})"));
             return None;
         }
         Some((self.own(Thing::Variable(variable)), distance))

@@ -1,11 +1,14 @@
 //! One of the two objects with all that is asked of it: inventory, code and special entries of every
 //! function. Owns the tie from a function's fields to what they refer to.
 
+use std::collections::BTreeSet;
+
 use super::BuildError;
 use super::instructions::{Instruction, Instructions};
 use super::inventory::{Function, Inventory, Variable};
 use super::reference::{Reference, Target, place, references_of, target_of};
 use super::special::{self, Entry};
+use crate::object::homes::{self, Homes};
 use crate::object::{Kind, Object, Section, SectionId};
 
 /// One object, looked at from all sides.
@@ -17,6 +20,8 @@ pub(super) struct Side {
     pub(super) code: Vec<CodeView>,
     /// One list for each function, by offset.
     pub(super) entries: Vec<Vec<Entry>>,
+    /// Whose the static variables of functions are; empty where nothing tells.
+    pub(super) homes: Homes,
 }
 
 /// The code of a function.
@@ -45,7 +50,20 @@ impl Side {
             inventory,
             code,
             entries,
+            homes: Homes::new(),
         })
+    }
+
+    /// The same with what debug information tells, if it can be read.
+    pub(super) fn with_debug_information(self, bytes: &[u8]) -> Self {
+        let homes = homes::homes(bytes).unwrap_or_default();
+        Self { homes, ..self }
+    }
+
+    /// The functions that a static variable belongs to.
+    pub(super) fn owners_of(&self, variable: usize) -> Option<&BTreeSet<String>> {
+        let it = self.variable(variable);
+        self.homes.get(&(it.section, it.start))
     }
 
     /// A function.

@@ -8,13 +8,14 @@ use super::exports::Exports;
 use super::key::Names;
 use super::moves::{Before, Moves};
 use super::pair::{self, Pairs};
+use super::policy;
 use super::report::{FileReport, Ignored, Refused};
 use super::side::Side;
 use super::unwind::Tables;
 use super::wide::Likeness;
 use super::{BuildError, ObjectPair, Version, data, layout, residue};
 use crate::object;
-use crate::patch;
+use crate::patch::{self, SHADOW_ROOT};
 
 /// See the module.
 #[derive(Debug)]
@@ -196,6 +197,28 @@ impl Unit {
         Ok((unit, report))
     }
 
+    /// Why a variable that only the new version has cannot come along.
+    pub(super) fn can_bring(&self, variable: usize) -> Result<(), String> {
+        let name = &self.new.variable(variable).name;
+        if name == SHADOW_ROOT {
+            return Err(format!(
+                "{name} is vmpatch's, for all patches: it is declared, never defined"
+            ));
+        }
+        if self.pairs.is_uncertain(variable) && !pair::is_stateless(&self.new, variable) {
+            return Err(format!(
+                "{name} may be one of several static variables of the old object"
+            ));
+        }
+        if self.moves.doubtful.contains(&variable) && !pair::is_stateless(&self.new, variable) {
+            return Err(format!(
+                "{name} may be a variable that another file of the patch had"
+            ));
+        }
+        let section = &self.new.home_of_variable(variable).name;
+        policy::new_data(section).map_err(|reason| format!("{reason} ({name})"))
+    }
+
     /// A changed function is entered by a jump from the old one; its split-off parts come along with it. `at`: the file itself.
     pub(super) fn replacements(
         &self,
@@ -252,7 +275,7 @@ fn side(pair: &ObjectPair<'_>, version: Version) -> Result<Side, BuildError> {
         version,
         why,
     })?;
-    Side::of(object)
+    Ok(Side::of(object)?.with_debug_information(bytes))
 }
 
 /// What has one name with something else cannot be told from it, in the object or in the guest.

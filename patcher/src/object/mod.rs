@@ -1,6 +1,7 @@
 //! A relocatable ELF object as data: sections, symbols and relocations, owned and bounded. Knows ELF and
 //! x86-64 relocations, nothing of the kernel and nothing of patches. [`read`] makes it from bytes.
 
+pub mod homes;
 mod read;
 pub mod types;
 

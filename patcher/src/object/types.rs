@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
 use gimli::{
-    AttributeValue, DebuggingInformationEntry, EndianSlice, LittleEndian, Reader as _,
-    RelocateReader, UnitOffset,
+    AttributeValue, DebuggingInformationEntry, EndianSlice, LittleEndian, RelocateReader,
+    UnitOffset,
 };
 use object::{Object as _, ObjectSection as _, read::RelocationMap};
 
@@ -65,13 +65,13 @@ pub fn layouts(object: &[u8]) -> Result<Option<Layouts>, gimli::Error> {
     sections.read(&fields).map(Some)
 }
 
-fn named<'a>(file: &object::File<'a>, name: &str) -> Cow<'a, [u8]> {
+pub(super) fn named<'a>(file: &object::File<'a>, name: &str) -> Cow<'a, [u8]> {
     file.section_by_name(name)
         .map_or(Cow::Borrowed(&[]), |section| data(&section))
 }
 
 /// Compressed sections, which kernels do not have by default, are as good as none.
-fn data<'a>(section: &impl object::ObjectSection<'a>) -> Cow<'a, [u8]> {
+pub(super) fn data<'a>(section: &impl object::ObjectSection<'a>) -> Cow<'a, [u8]> {
     section.uncompressed_data().unwrap_or(Cow::Borrowed(&[]))
 }
 
@@ -368,7 +368,10 @@ fn number(entry: &Entry<'_>, name: gimli::DwAt) -> Option<u64> {
     entry.attr(name)?.udata_value()
 }
 
-fn text<'a>(entry: &Entry<'a>, strings: &gimli::DebugStr<Reader<'a>>) -> Option<String> {
+pub(super) fn text<R: gimli::Reader>(
+    entry: &DebuggingInformationEntry<R>,
+    strings: &gimli::DebugStr<R>,
+) -> Option<String> {
     let text = entry.attr(gimli::DW_AT_name)?.string_value(strings)?;
     Some(text.to_string_lossy().ok()?.into_owned())
 }
