@@ -1,12 +1,11 @@
 //! A tree of links that stands before a source: files can be changed in it while the source stays as it is. What is
-//! not changed is a link to a whole folder, so that making one takes no longer for a large source. Which files are changed
-//! is written down before they are, so that whoever comes after a run that was killed can take it back.
+//! not changed is a link to a whole folder, so that making one takes no longer for a large source. What is a folder of its own,
+//! or a copy, stays one; it is held against the source whenever a run begins or ends, so that neither what a killed run left nor
+//! what happened to the source since goes unseen.
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::fs;
-use std::io::{self, ErrorKind, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -22,18 +21,22 @@ const BUILT: [&str; 5] = [
     ".git",
 ];
 
+/// The folder from which headers with trace points are included by ways up (Linux v6.12 include/trace/define_trace.h,
+/// TRACE_INCLUDE; TRACE_INCLUDE_PATH of arch/x86/kvm/trace.h).
+const TRACE: &str = "include/trace";
+
 /// See the module.
 #[derive(Debug)]
 pub struct Shadow {
     source: PathBuf,
     root: PathBuf,
-    /// Lists what is changed, a path a line, as long as something is.
-    changed: PathBuf,
+    /// Where a copy is made, before it is put in its place.
+    part: PathBuf,
 }
 
 impl Shadow {
-    /// Links everything of `source` into the new or empty folder `root`, or goes on with one made before. What is changed
-    /// in it is written down beside it, in `root` with `.changed` behind its name.
+    /// Links everything of `source` into the new or empty folder `root`, or goes on with one made before, as the source is now.
+    /// Copies are made beside it, in `root` with `.part` behind its name.
     ///
     /// # Errors
     /// [`BuildError::File`].
@@ -41,14 +44,14 @@ impl Shadow {
         let shadow = Self {
             source: source.to_owned(),
             root: root.to_owned(),
-            changed: root.with_added_extension("changed"),
+            part: root.with_added_extension("part"),
         };
         shadow.own_folder(Path::new(""))?;
-        for built in BUILT {
-            let parent = Path::new(built).parent().unwrap_or(Path::new(""));
-            shadow.own_folder(parent)?;
-        }
         shadow.restore()?;
+        let parents = BUILT.map(|built| Path::new(built).parent().unwrap_or(Path::new("")));
+        for folder in parents.into_iter().chain([Path::new(TRACE)]) {
+            shadow.own_folder(folder)?;
+        }
         Ok(shadow)
     }
 
@@ -79,7 +82,6 @@ impl Shadow {
     /// # Errors
     /// [`BuildError::File`], also where the source has no such file.
     pub fn change(&self, files: &[PathBuf]) -> Result<(), BuildError> {
-        self.note(files).at(&self.changed)?;
         files.iter().try_for_each(|file| self.own(file))
     }
 
@@ -104,52 +106,45 @@ impl Shadow {
         same_time(&self.source.join(file), &self.root.join(file))
     }
 
-    /// Makes every changed file again what it is in the source, also those that another run changed.
+    /// Makes everything again what it is in the source, also what another run changed, or the source itself since.
     ///
     /// # Errors
     /// [`BuildError::File`].
     pub fn restore(&self) -> Result<(), BuildError> {
-        let list = match fs::read(&self.changed) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            list => list.at(&self.changed)?,
-        };
-        for line in list.split(|byte| *byte == b'\n') {
-            let file = Path::new(OsStr::from_bytes(line));
-            match self.source.join(file).is_file() {
-                true => self.own(file)?,
-                // The source may have lost it since.
-                false => self.drop_file(file)?,
+        self.follow(Path::new(""))
+    }
+
+    /// Holds a folder that is a real one against the source's, and those in it.
+    fn follow(&self, folder: &Path) -> Result<(), BuildError> {
+        let (from, to) = (self.source.join(folder), self.root.join(folder));
+        let names = names(&from)?;
+        for entry in fs::read_dir(&to).at(&to)? {
+            let entry = entry.at(&to)?;
+            let (at, kind) = (entry.path(), entry.file_type().at(&to)?);
+            let original = from.join(entry.file_name());
+            let is_there = names.contains(&entry.file_name());
+            if kind.is_dir() && is_there && original.is_dir() {
+                self.follow(&folder.join(entry.file_name()))?;
+            } else if kind.is_dir() {
+                fs::remove_dir_all(&at).at(&at)?;
+            } else if !is_there || (kind.is_file() && !original.is_file()) {
+                fs::remove_file(&at).at(&at)?;
+            } else if kind.is_file()
+                && fs::read(&at).at(&at)? != fs::read(&original).at(original)?
+            {
+                self.own(&folder.join(entry.file_name()))?;
             }
         }
-        fs::remove_file(&self.changed).at(&self.changed)
+        self.link_all(folder)
     }
 
-    /// Adds to the list of what is changed, on the disk before anything is.
-    fn note(&self, files: &[PathBuf]) -> io::Result<()> {
-        let mut options = fs::OpenOptions::new();
-        let mut list = options.create(true).append(true).open(&self.changed)?;
-        for file in files {
-            list.write_all(file.as_os_str().as_bytes())?;
-            list.write_all(b"\n")?;
-        }
-        list.sync_all()
-    }
-
-    /// Makes a file a copy of the source's.
+    /// Makes a file a copy of the source's, in one step: one that is not whole would never be seen for what it is.
     fn own(&self, file: &Path) -> Result<(), BuildError> {
         self.own_folder(file.parent().unwrap_or(Path::new("")))?;
         let (from, to) = (self.source.join(file), self.root.join(file));
         let text = fs::read(&from).at(&from)?;
-        self.drop_file(file)?;
-        fs::write(&to, text).at(&to)
-    }
-
-    fn drop_file(&self, file: &Path) -> Result<(), BuildError> {
-        let at = self.root.join(file);
-        match fs::symlink_metadata(&at) {
-            Ok(what) if !what.is_dir() => fs::remove_file(&at).at(&at),
-            _ => Ok(()),
-        }
+        fs::write(&self.part, text).at(&self.part)?;
+        fs::rename(&self.part, &to).at(&to)
     }
 
     /// Makes a folder, and those on the way to it, real ones with links in them.
@@ -166,15 +161,16 @@ impl Shadow {
             return Ok(());
         }
         fs::create_dir_all(&to).at(&to)?;
-        let mut there = HashSet::new();
-        for entry in fs::read_dir(&to).at(&to)? {
-            there.insert(entry.at(&to)?.file_name());
-        }
-        for entry in fs::read_dir(&from).at(&from)? {
-            let name = entry.at(&from)?.file_name();
-            let built = BUILT
-                .iter()
-                .any(|built| folder.join(&name) == Path::new(built));
+        self.link_all(folder)
+    }
+
+    /// Links what a real folder has not.
+    fn link_all(&self, folder: &Path) -> Result<(), BuildError> {
+        let (from, to) = (self.source.join(folder), self.root.join(folder));
+        let there = names(&to)?;
+        for name in names(&from)? {
+            let path = folder.join(&name);
+            let built = BUILT.iter().any(|built| path == Path::new(built));
             if !built && !there.contains(&name) {
                 let link = to.join(&name);
                 symlink(from.join(&name), &link).at(&link)?;
@@ -182,6 +178,13 @@ impl Shadow {
         }
         Ok(())
     }
+}
+
+/// The names in a folder.
+fn names(folder: &Path) -> Result<HashSet<OsString>, BuildError> {
+    let entries = fs::read_dir(folder).at(folder)?;
+    let names = entries.map(|entry| Ok(entry.at(folder)?.file_name()));
+    names.collect()
 }
 
 /// Gives one file the time of another's last change.
@@ -265,6 +268,26 @@ mod tests {
         let header = read(&root, "include/linux/a.h");
         assert_eq!(header.as_deref(), Some("as it was"));
         assert_eq!(read(&root, "fs/b.c"), None);
+    }
+
+    #[test]
+    fn what_happens_to_the_source_is_seen_in_folders_and_copies_of_before() {
+        let (_folder, source, root) = source();
+        let shadow = Shadow::before(&source, &root).unwrap();
+        let file = Path::new("fs/proc/a.c");
+        shadow.change(&[file.to_owned()]).unwrap();
+        shadow.restore().unwrap();
+        shadow.unfold(Path::new("include/linux")).unwrap();
+        fs::write(source.join(file), "by its owner").unwrap();
+        fs::write(source.join("fs/proc/new.c"), "new").unwrap();
+        fs::remove_file(source.join("fs/b.c")).unwrap();
+        fs::remove_dir_all(source.join("include/linux")).unwrap();
+        Shadow::before(&source, &root).unwrap();
+        assert_eq!(read(&root, "fs/proc/a.c").as_deref(), Some("by its owner"));
+        assert_eq!(read(&root, "fs/proc/new.c").as_deref(), Some("new"));
+        for gone in ["fs/b.c", "include/linux"] {
+            assert!(fs::symlink_metadata(root.join(gone)).is_err(), "{gone}");
+        }
     }
 
     #[test]
