@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use memchr::memmem;
 
-use crate::diff::Part;
+use crate::diff::{Part, is_plain};
 use crate::error::{At, BuildError};
 
 /// Where `<FILE>` is looked for (Linux v6.12 Makefile, LINUXINCLUDE and USERINCLUDE). Generated headers are left out: those of
@@ -66,12 +66,18 @@ impl Includes {
             files,
             lines: HashMap::new(),
         };
+        let mut all = Found::default();
         for part in found {
             // A reader that panicked has found nothing; none can.
-            for line in part.unwrap_or_else(|_| Ok(Vec::new()))? {
-                let last = line.name.rsplit('/').next().unwrap_or_default().to_owned();
-                made.lines.entry(last).or_default().push(line);
-            }
+            let part = part.unwrap_or_else(|_| Ok(Found::default()))?;
+            all.lines.extend(part.lines);
+            all.words.extend(part.words);
+            all.defined.extend(part.defined);
+        }
+        let through_words = all.through_words();
+        for line in all.lines.into_iter().chain(through_words) {
+            let last = line.name.rsplit('/').next().unwrap_or_default().to_owned();
+            made.lines.entry(last).or_default().push(line);
         }
         Ok(made)
     }
@@ -95,11 +101,9 @@ impl Includes {
     }
 
     /// The last parts of the names of all that is included though it looks like a file that is compiled.
-    pub(crate) fn included_sources(&self) -> BTreeSet<&str> {
-        let names = self.lines.keys().map(String::as_str);
-        names
-            .filter(|name| name.ends_with(".c") || name.ends_with(".S"))
-            .collect()
+    pub(crate) fn included_sources(&self) -> BTreeSet<String> {
+        let names = self.lines.keys().filter(|name| is_source(name));
+        names.cloned().collect()
     }
 
     /// The files with a line that may lead to this one.
@@ -146,46 +150,121 @@ fn list(source: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Bu
         let deeper = kind.is_dir() && !path.starts_with(".git") && Part::of(&path) != Part::None;
         if deeper {
             list(source, &path, files)?;
-        } else if kind.is_file() && matches!(Part::of(&path), Part::Source | Part::Header) {
+        } else if kind.is_file() && counts(&path) {
             files.push(path);
         }
     }
     Ok(())
 }
 
-/// The lines of these files, the first of which has the number `first`.
-fn lines_of(source: &Path, files: &[PathBuf], first: usize) -> Result<Vec<Line>, BuildError> {
-    let mut found = Vec::new();
+/// Whether a file may be included or compiled. What an editor leaves has a name that the kernel's files never have.
+fn counts(path: &Path) -> bool {
+    matches!(Part::of(path), Part::Source | Part::Header) && is_plain(path)
+}
+
+/// What some files have to do with including.
+#[derive(Default)]
+struct Found {
+    lines: Vec<Line>,
+    /// `#include WORD`, with the file that has it.
+    words: Vec<(usize, String)>,
+    /// `#define WORD "FILE"` or `<FILE>`, with whether in `""`.
+    defined: Vec<(String, (String, bool))>,
+}
+
+impl Found {
+    /// The lines that say by a word what they include: each may be anything that the word is defined as.
+    fn through_words(&self) -> Vec<Line> {
+        let mut found = Vec::new();
+        for (by, word) in &self.words {
+            let meant = self.defined.iter().filter(|(it, _)| it == word);
+            found.extend(meant.map(|(_, (name, quoted))| Line {
+                by: *by,
+                name: name.clone(),
+                quoted: *quoted,
+            }));
+        }
+        found.dedup();
+        found
+    }
+}
+
+/// What these files have, the first of which has the number `first`.
+fn lines_of(source: &Path, files: &[PathBuf], first: usize) -> Result<Found, BuildError> {
+    let mut found = Found::default();
     for (by, file) in (first..).zip(files) {
         let at = source.join(file);
         let text = fs::read(&at).at(&at)?;
-        found.extend(names(&text).map(|(name, quoted)| Line { by, name, quoted }));
+        for rest in directives(&text, b"include") {
+            if let Some((name, quoted)) = named(rest) {
+                found.lines.push(Line { by, name, quoted });
+            } else if let Some((word, _)) = word(rest) {
+                found.words.push((by, word.to_owned()));
+            }
+        }
+        let defined = directives(&text, b"define").filter_map(|rest| {
+            let (word, rest) = word(rest)?;
+            Some((word.to_owned(), named(rest.trim_ascii_start())?))
+        });
+        found.defined.extend(defined);
     }
     Ok(found)
 }
 
-/// What the `#include` lines of a text name, and whether in `""`.
-fn names(text: &[u8]) -> impl Iterator<Item = (String, bool)> + '_ {
-    memmem::find_iter(text, b"include").filter_map(|at| {
+/// The last parts of the names of all sources that these files say to include, or may by a word.
+pub(crate) fn sources_named_in(
+    source: &Path,
+    files: &[&Path],
+) -> Result<BTreeSet<String>, BuildError> {
+    let files: Vec<_> = files.iter().map(|file| file.to_path_buf()).collect();
+    let found = lines_of(source, &files, 0)?;
+    let lines = found.lines.into_iter().map(|line| line.name);
+    let names = lines.chain(found.defined.into_iter().map(|(_, (name, _))| name));
+    let last = names.map(|name| name.rsplit('/').next().unwrap_or_default().to_owned());
+    Ok(last.filter(|name| is_source(name)).collect())
+}
+
+fn is_source(name: &str) -> bool {
+    name.ends_with(".c") || name.ends_with(".S")
+}
+
+/// What stands behind a directive of this kind, to the end of the text, for each in it.
+fn directives<'a>(text: &'a [u8], kind: &'static [u8]) -> impl Iterator<Item = &'a [u8]> {
+    memmem::find_iter(text, kind).filter_map(move |at| {
         let before = text.get(..at)?;
-        let begin = before
-            .iter()
-            .rposition(|byte| *byte == b'\n')
-            .map_or(0, |at| at + 1);
-        if text.get(begin..at)?.trim_ascii() != b"#" {
+        // A blank or two may stand before the word.
+        let sign = before.trim_ascii_end().strip_suffix(b"#")?;
+        let begins = sign.iter().rev().find(|byte| !matches!(byte, b' ' | b'\t'));
+        if begins.is_some_and(|byte| *byte != b'\n') || before.ends_with(b"\n") {
             return None;
         }
-        let rest = text.get(at + "include".len()..)?.trim_ascii_start();
-        let (quoted, end) = match rest.first()? {
-            b'"' => (true, b'"'),
-            b'<' => (false, b'>'),
-            _ => return None,
-        };
-        let rest = rest.get(1..)?;
-        let line = rest.split(|byte| *byte == b'\n').next()?;
-        let length = line.iter().position(|byte| *byte == end)?;
-        Some((str::from_utf8(line.get(..length)?).ok()?.to_owned(), quoted))
+        Some(text.get(at + kind.len()..)?.trim_ascii_start())
     })
+}
+
+/// The file that a text begins with, in `""` or `<>`, and whether in `""`.
+fn named(text: &[u8]) -> Option<(String, bool)> {
+    let (quoted, end) = match text.first()? {
+        b'"' => (true, b'"'),
+        b'<' => (false, b'>'),
+        _ => return None,
+    };
+    let rest = text.get(1..)?;
+    let length = rest
+        .iter()
+        .position(|byte| *byte == end || *byte == b'\n')?;
+    let whole = rest.get(length) == Some(&end);
+    let name = str::from_utf8(rest.get(..length)?).ok()?;
+    whole.then(|| (name.to_owned(), quoted))
+}
+
+/// The word that a text begins with, and the rest.
+fn word(text: &[u8]) -> Option<(&str, &[u8])> {
+    let of_word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+    let end = text.iter().position(|byte| !of_word(byte));
+    let (word, rest) = text.split_at(end.unwrap_or(text.len()));
+    let word = str::from_utf8(word).ok().filter(|word| !word.is_empty())?;
+    Some((word, rest))
 }
 
 /// A path without `.` and `..`; `None` if it leads out of the source.
@@ -277,6 +356,24 @@ mod tests {
         ]);
         assert_eq!(Vec::from_iter(includes.included_sources()), ["elf.c"]);
         assert_eq!(sources(&includes, "fs/elf.c"), ["fs/compat_elf.c"]);
+    }
+
+    #[test]
+    fn what_is_included_by_a_word_is_found() {
+        let includes = scanned(&[
+            ("include/linux/genl.h", ""),
+            (
+                "include/linux/magic.h",
+                "# include GENL_FILE\n#include OTHER(FILE)\n",
+            ),
+            (
+                "include/linux/api.h",
+                "#define GENL_FILE <linux/genl.h>\n#define OTHER(x) \"no.h\"\n#include <linux/magic.h>\n",
+            ),
+            ("fs/x.c", "#include <linux/api.h>\n"),
+        ]);
+        assert_eq!(sources(&includes, "include/linux/genl.h"), ["fs/x.c"]);
+        assert_eq!(sources(&includes, "include/linux/no.h"), [""; 0]);
     }
 
     #[test]

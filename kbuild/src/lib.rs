@@ -22,6 +22,7 @@ pub mod debian;
 pub mod diff;
 mod error;
 pub mod fix;
+mod fresh;
 pub mod headers;
 mod hunk;
 mod includes;

@@ -1,6 +1,7 @@
 //! A source made ready to compile single files of it, with a configuration and the compiler it names. Kept in the
 //! cache: making it ready takes a minute, compiling one file then seconds.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,8 +14,9 @@ use crate::compiler::Compiler;
 use crate::config;
 use crate::configured::{self, Configured, Elsewhere};
 use crate::error::{At, BuildError};
+use crate::fresh::Seen;
 use crate::headers;
-use crate::includes::Includes;
+use crate::includes::{self, Includes};
 use crate::lock::Lock;
 use crate::publish;
 use crate::shadow::Shadow;
@@ -101,23 +103,52 @@ impl Tree {
             }
             fs::write(&ready, "").at(&ready)?;
         }
-        if !tree.included.exists() {
-            step("looking which files include others");
-            let includes = Includes::scan(&tree.source)?;
-            let names = Vec::from_iter(includes.included_sources()).join("\n");
-            publish::file(&tree.included, names.as_bytes())?;
-        }
-        let elsewhere = root.join("elsewhere");
-        if !elsewhere.exists() {
-            step("looking which folders build files of others");
-            publish::file(&elsewhere, tree.find_elsewhere()?.text().as_bytes())?;
-        }
-        let text = fs::read_to_string(&elsewhere).at(&elsewhere)?;
-        tree.elsewhere = Elsewhere::read(&text);
+        let seen = Seen::of(&tree.source)?;
+        tree.renew_included(&seen, step)?;
+        tree.elsewhere = tree.renew_elsewhere(&root.join("elsewhere"), &seen, step)?;
         for folder in tree.elsewhere.folders() {
             tree.shadow.unfold(&folder)?;
         }
         Ok(tree)
+    }
+
+    /// Brings the names of sources that others include up to date.
+    fn renew_included(&self, seen: &Seen, step: &dyn Fn(&str)) -> Result<(), BuildError> {
+        let kept = fs::read_to_string(&self.included).unwrap_or_default();
+        let (head, kept) = kept.split_once('\n').unwrap_or_default();
+        let names: BTreeSet<String> = match seen.changed_since(head) {
+            Some(changed) if changed.is_empty() => return Ok(()),
+            // What is named no longer does no harm.
+            Some(changed) => {
+                let named = includes::sources_named_in(&self.source, &changed)?;
+                kept.lines().map(str::to_owned).chain(named).collect()
+            }
+            None => {
+                step("looking which files include others");
+                Includes::scan(&self.source)?.included_sources()
+            }
+        };
+        let lines = [seen.files()].into_iter().chain(names);
+        let text = Vec::from_iter(lines).join("\n");
+        publish::file(&self.included, text.as_bytes())
+    }
+
+    /// What the makefiles of other folders build, as kept or asked anew.
+    fn renew_elsewhere(
+        &self,
+        kept: &Path,
+        seen: &Seen,
+        step: &dyn Fn(&str),
+    ) -> Result<Elsewhere, BuildError> {
+        let text = fs::read_to_string(kept).unwrap_or_default();
+        if text.lines().next() == Some(&seen.makefiles()) {
+            return Ok(Elsewhere::read(&text));
+        }
+        step("looking which folders build files of others");
+        let found = self.find_elsewhere()?;
+        let text = format!("{}\n{}", seen.makefiles(), found.text());
+        publish::file(kept, text.as_bytes())?;
+        Ok(found)
     }
 
     fn prepare(&self, config: &str) -> Result<(), BuildError> {

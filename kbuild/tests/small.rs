@@ -154,3 +154,41 @@ fn a_tree_that_was_refused_leaves_nothing_but_its_lock() {
         assert_eq!(left, ["lock"]);
     }
 }
+
+/// `include/trace/define_trace.h` includes them once more, by a way up from where it is itself.
+#[test]
+fn a_header_with_trace_points_is_compiled_as_changed() {
+    let trace = "#ifdef AGAIN\nconst char t[] = \"before\";\n#else\n#define AGAIN\n\
+                 #define TRACE_INCLUDE_PATH ../../fs\n#include <trace/define_trace.h>\n#endif\n";
+    let define = "#define STRING(x) #x\n#define INCLUDE(path) STRING(path/trace.h)\n\
+                  #include INCLUDE(TRACE_INCLUDE_PATH)\n";
+    let small = Small::of(&[
+        ("fs/trace.h", trace),
+        ("include/trace/define_trace.h", define),
+        ("fs/a.c", "#include \"trace.h\"\n"),
+    ]);
+    let [before, after] = ["before", "after"].map(|it| format!("const char t[] = \"{it}\";"));
+    let built = small.build(&diff("fs/trace.h", 2, &before, &after));
+    assert!(has(&built.unwrap().pairs[0].new, "after"));
+}
+
+#[test]
+fn what_the_source_has_become_is_compiled_and_what_includes_it_found() {
+    let small = Small::of(&[A]);
+    small.build(&change_a()).unwrap();
+    small.write(
+        "fs/a.c",
+        &format!("{}const char own[] = \"edited\";\n", A.1),
+    );
+    small.write("fs/b.c", "#include \"a.c\"\n");
+    small.write("fs/Makefile", "obj-y := a.o b.o\n");
+    let built = small.build(&change_a()).unwrap();
+    for (pair, file) in built.pairs.iter().zip(["fs/a.c", "fs/b.c"]) {
+        assert_eq!(pair.file, Path::new(file));
+        assert!(
+            has(&pair.old, "edited") && has(&pair.new, "after"),
+            "{file}"
+        );
+    }
+    assert_eq!(built.pairs.len(), 2);
+}
