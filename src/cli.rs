@@ -182,8 +182,10 @@ The diff may include <vmpatch/shadow.h>, which keeps data beside objects that li
 Of one of Debian's kernels, whose source and configuration apt fetches into the same place:
   vmpatch build --debian 6.12.107+deb12-cloud-amd64 --diff fix.patch -o fix.vmpatch
 
-From two objects, compiled with the flags of the running kernel and two more:
+From two objects, compiled with the flags of the running kernel and two more; the new one needs
+unwind data too, for stacks to be followed through its code, if the kernel's build gives it none:
   make KCFLAGS='-ffunction-sections -fdata-sections' fs/proc/version.o
+  tools/objtool/objtool --orc new.o
   vmpatch build --old old.o --new new.o -o fix.vmpatch
 From those of several files, each with what it is linked into:
   vmpatch build --old a1.o --new a2.o --object vmlinux --old b1.o --new b2.o --object ext4 -o fix.vmpatch")]

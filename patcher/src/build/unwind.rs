@@ -60,7 +60,7 @@ impl Tables {
 
     fn of(object: &Object) -> Result<Self, String> {
         let (Some(entries), Some(places)) = (named(object, ENTRIES), named(object, PLACES)) else {
-            return Err("the object has none (ORC)".to_owned());
+            return Err("the object has none (`objtool --orc` makes it)".to_owned());
         };
         let stored = entries.bytes.as_chunks::<ENTRY_SIZE>().0;
         let format = Format::from_entries(&entries.bytes);
