@@ -7,6 +7,7 @@ mod apply;
 mod boot;
 mod build;
 mod busy;
+mod callbacks;
 mod classics;
 mod held;
 mod hooks;

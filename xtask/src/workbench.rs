@@ -14,7 +14,7 @@ use crate::manifest::Manifest;
 use crate::{images, objects, paths, progress, run};
 
 /// Patches that demo, soak and tests use.
-pub(crate) const PATCHES: [&str; 7] = [
+pub(crate) const PATCHES: [&str; 8] = [
     "proc-version",
     "msleep-interruptible",
     "loadavg-warn",
@@ -22,6 +22,7 @@ pub(crate) const PATCHES: [&str; 7] = [
     "shadow-count",
     "shadow-show",
     "shadow-free",
+    "callbacks",
 ];
 
 /// A prepared run.
