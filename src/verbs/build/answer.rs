@@ -103,6 +103,7 @@ mod tests {
             file: file.to_owned(),
             object: object.to_owned(),
             unchanged: 7,
+            layouts: Some(0),
             ..FileReport::default()
         };
         let changed = FileReport {
