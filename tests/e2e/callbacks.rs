@@ -1,8 +1,11 @@
 //! Callbacks of a patch in a real kernel: called in the stop, and harmless where they fail.
 
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
 use vmpatch_testkit::{Guest, Side};
 
-use crate::support::{Patch, assert_no_trouble, expect, patch, shared};
+use crate::support::{Patch, assert_no_trouble, boot, expect, patch, shared, tool};
 
 /// All four callbacks; the first letter of the guest's domain name tells them what to do.
 const CALLBACKS: &str = "callbacks";
@@ -124,4 +127,43 @@ fn a_callback_that_fails_is_told_and_the_guest_goes_on_as_before() {
     expect(guest, 0, &[&["rollback", CALLBACKS][..], &LIMIT].concat());
     ask_for(guest, "none");
     assert_no_trouble(guest);
+}
+
+#[test]
+#[ignore = "needs guests: cargo xtask test"]
+fn a_tool_that_dies_while_a_callback_runs_leaves_the_guest_on_its_old_text() {
+    let mut guest = boot("dies");
+    let before = guest.snapshot().unwrap();
+    let patch = patch(CALLBACKS, Side::Forward);
+    ask_for(&mut guest, "loop");
+    let limit = ["--callback-limit", "8s"];
+    let words = [&["apply", "--vm", "dies", patch.path()][..], &limit].concat();
+    let mut apply = tool()
+        .command()
+        .args(words)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // It reaches the callback long before, and would be in it for long after.
+    std::thread::sleep(Duration::from_secs(5));
+    assert!(
+        apply.try_wait().unwrap().is_none(),
+        "the callback does not loop"
+    );
+    apply.kill().unwrap();
+    apply.wait().unwrap();
+    // The VMM ends the call, and the stop with it, when its time is over.
+    let until = Instant::now() + Duration::from_secs(30);
+    let status = loop {
+        let status = guest.call(&["status"]).unwrap();
+        if status.code == Some(0) {
+            break status.json;
+        }
+        assert!(Instant::now() < until, "{status:?}");
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    assert_eq!(status["interrupted"]["verdict"], "not-written", "{status}");
+    assert!(!version(&mut guest).contains("callbacks saw"));
+    let after = guest.snapshot().unwrap();
+    assert_eq!((after.code, after.rodata), (before.code, before.rodata));
 }
