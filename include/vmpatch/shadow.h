@@ -38,6 +38,7 @@
  * still, perhaps with a lock: there, VMPATCH_SHADOW_FREE_LATER.
  */
 
+#include <linux/processor.h>
 #include <linux/bit_spinlock.h>
 #include <linux/hash.h>
 #include <linux/irq_work.h>
@@ -230,9 +231,10 @@ static inline void vmpatch_shadow_free_all(unsigned long id, vmpatch_shadow_dtor
 
 /*
  * Defines a function that lets all data of an id be freed as soon as the guest goes on, without waiting for
- * anything: for a callback, which can be that function itself.
+ * anything: for a callback (<vmpatch/callbacks.h>), which can be that function itself.
  *
  *	VMPATCH_SHADOW_FREE_LATER(forget, WRITES)
+ *	VMPATCH_POST_ROLLBACK(forget);
  */
 #define VMPATCH_SHADOW_FREE_LATER(name, id)				\
 	static void name##_now(struct irq_work *work)			\

@@ -8,12 +8,13 @@ use std::process::Command;
 use vmpatch_kbuild::headers::HEADERS;
 
 /// What it includes, all of which `kernel.h` has.
-const INCLUDED: [&str; 8] = [
+const INCLUDED: [&str; 9] = [
     "bit_spinlock",
     "hash",
     "irq_work",
     "irqflags",
     "kmemleak",
+    "processor",
     "rcupdate",
     "slab",
     "types",
