@@ -4,11 +4,11 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use crate::diff::{Diff, Part};
+use crate::diff::{APART, Diff, DiffError, Part};
 use crate::error::BuildError;
 use crate::fix::{LeftOut, Why};
 use crate::includes::Includes;
-use crate::tree::Tree;
+use crate::tree::{LINKER_SCRIPT, Tree};
 
 /// So many times as many files as may be compiled are asked about; of more than those too many are built in any
 /// configuration worth the name, and asking takes long.
@@ -23,6 +23,8 @@ pub(crate) struct Affected {
     pub(crate) includers: BTreeSet<PathBuf>,
     /// Folders of all that stands between a changed header and what is compiled.
     pub(crate) folders: BTreeSet<PathBuf>,
+    /// Whether the script by which the kernel is linked may include what is changed.
+    pub(crate) linker_script: bool,
     /// What makes no difference.
     pub(crate) left_out: Vec<LeftOut>,
 }
@@ -54,6 +56,7 @@ pub(crate) fn by(
     }
     step("asking the kernel's makefiles what this configuration builds");
     let built = tree.configured(diff.compiled())?;
+    refuse(diff.compiled().iter().filter(|file| built.runs(file)), RUN)?;
     let mut included: Vec<PathBuf> = diff.headers().to_vec();
     for file in diff.compiled() {
         let is_built = built.builds(file);
@@ -97,10 +100,26 @@ fn add_includers(
     let sources: Vec<_> = sources.collect();
     enough(&file, &sources, most.saturating_mul(ASKED), most)?;
     let built = tree.configured(&sources)?;
+    // Programs include headers of the kernel beside them by their names; others are those of the C library.
+    let runs = sources
+        .iter()
+        .filter(|by| built.runs(by) && includes.is_beside(by, &file));
+    refuse(runs.map(|_| &file), RUN)?;
+    affected.linker_script |=
+        includers.contains(&Path::new(LINKER_SCRIPT).with_added_extension("S"));
     let sources = sources.into_iter().filter(|source| built.builds(source));
     let sources: Vec<_> = sources.collect();
-    for source in apart.filter(|it| it.extension().is_some_and(|ending| ending != "h")) {
-        affected.leave_out(source, Why::Apart);
+    let mut apart = apart.filter(|it| it.extension().is_some_and(|ending| ending != "h"));
+    if sources.is_empty() && !affected.changed.contains(&file) {
+        refuse(apart.next().map(|_| &file), APART)?;
+    }
+    // Through others nearly everything includes nearly everything.
+    let direct = includes
+        .includers(&file)
+        .collect::<BTreeSet<_>>()
+        .into_iter();
+    for by in direct.filter(|by| Part::of(by) == Part::Apart) {
+        affected.leave_out(by.to_owned(), Why::Apart);
     }
     if sources.is_empty() && affected.changed.contains(&file) {
         return Ok(());
@@ -123,6 +142,21 @@ fn add_includers(
     let folders = includers.iter().filter_map(|it| it.parent());
     affected.folders.extend(folders.map(Path::to_owned));
     Ok(())
+}
+
+/// Why files are refused that the build runs.
+const RUN: &str = "the kernel's build runs this to make other files of it, which cannot change yet";
+
+/// Refuses files, if there are any.
+fn refuse<'a>(
+    files: impl IntoIterator<Item = &'a PathBuf>,
+    why: &'static str,
+) -> Result<(), DiffError> {
+    let files: Vec<_> = files.into_iter().cloned().collect();
+    match files.is_empty() {
+        true => Ok(()),
+        false => Err(DiffError::NotYet { files, why }),
+    }
 }
 
 /// Refuses more than `limit` files that include one.

@@ -19,9 +19,12 @@ pub(crate) const GOAL: &str = "vmpatch-list";
 /// What stands before the objects of a folder in the answer.
 const OBJECTS: &str = "vmpatch-objects:";
 
-/// A makefile that answers which objects are built in these folders and those above them. It is read by the kernel's
+/// What stands before the programs of a folder that the build runs.
+const PROGRAMS: &str = "vmpatch-programs:";
+
+/// A makefile that answers which objects and programs are built in these folders and those above them. It is read by the kernel's
 /// top-level makefile, which knows no folder, and by scripts/Makefile.build in each (Linux v6.12; `real-obj-y` and the others
-/// are made in scripts/Makefile.lib, `subdir-ym` too; 6.1 has them alike).
+/// are made in scripts/Makefile.lib, `subdir-ym` too; the programs in scripts/Makefile.host; 6.1 has them alike).
 pub(crate) fn question(files: &[PathBuf]) -> String {
     let mut folders = BTreeSet::new();
     for file in files {
@@ -33,11 +36,12 @@ pub(crate) fn question(files: &[PathBuf]) -> String {
         let _ = write!(text, " {0} ./{0}", folder.display());
     }
     let objects = "$(real-obj-y) $(real-obj-m) $(lib-y) $(extra-y) $(always-y)";
+    let programs = "$(host-csingle) $(host-cobjs)";
     let _ = write!(
         text,
         "\n\
          {GOAL}:\n\
-         \t@$(if $(obj),$(info {OBJECTS} {objects})\
+         \t@$(if $(obj),$(info {OBJECTS} {objects})$(info {PROGRAMS} {programs})\
          set -e; for d in $(filter $({GOAL}-folders),$(subdir-ym)); do $(MAKE) $(build)=$$d {GOAL}; done,\
          $(MAKE) $(build)=. {GOAL})\n\
          endif\n"
@@ -108,26 +112,44 @@ impl Elsewhere {
 }
 
 fn objects(answer: &str) -> impl Iterator<Item = &str> {
-    let lines = answer.lines().filter_map(|line| line.strip_prefix(OBJECTS));
+    told(answer, OBJECTS)
+}
+
+/// The names in the lines of an answer that begin so.
+fn told<'a>(answer: &'a str, begin: &'static str) -> impl Iterator<Item = &'a str> {
+    let lines = answer
+        .lines()
+        .filter_map(move |line| line.strip_prefix(begin));
     let objects = lines.flat_map(str::split_ascii_whitespace);
     objects.map(|object| object.trim_start_matches("./"))
 }
 
 /// The objects of an answer.
 #[derive(Debug, Default)]
-pub(crate) struct Configured(HashSet<PathBuf>);
+pub(crate) struct Configured {
+    objects: HashSet<PathBuf>,
+    /// Without their endings.
+    programs: HashSet<PathBuf>,
+}
 
 impl Configured {
     /// Reads what `make` said to the question.
     pub(crate) fn read(answer: &str, elsewhere: &Elsewhere) -> Self {
-        let mut all: HashSet<_> = objects(answer).map(PathBuf::from).collect();
-        all.extend(elsewhere.0.keys().cloned());
-        Self(all)
+        let mut objects: HashSet<_> = objects(answer).map(PathBuf::from).collect();
+        objects.extend(elsewhere.0.keys().cloned());
+        let programs = told(answer, PROGRAMS).map(|name| Path::new(name).with_extension(""));
+        let programs = programs.collect();
+        Self { objects, programs }
     }
 
     /// Whether this file is compiled to an object of its own.
     pub(crate) fn builds(&self, file: &Path) -> bool {
-        self.0.contains(&file.with_extension("o"))
+        self.objects.contains(&file.with_extension("o"))
+    }
+
+    /// Whether this file is compiled to a program that the build runs, such as one that makes a table.
+    pub(crate) fn runs(&self, file: &Path) -> bool {
+        self.programs.contains(&file.with_extension(""))
     }
 }
 
@@ -182,6 +204,24 @@ mod tests {
         let mut found = reaching_out(folder.path()).unwrap();
         found.sort();
         assert_eq!(found, [PathBuf::from("a"), PathBuf::from("k")]);
+    }
+
+    #[test]
+    fn programs_are_told_from_objects() {
+        let answer = "vmpatch-objects: lib/crc32.o\nvmpatch-programs: lib/gen lib/part.o\n";
+        let built = Configured::read(answer, &Elsewhere::default());
+        for (file, runs) in [
+            ("lib/gen.c", true),
+            ("lib/part.c", true),
+            ("lib/crc32.c", false),
+        ] {
+            let file = Path::new(file);
+            assert_eq!(
+                (built.runs(file), built.builds(file)),
+                (runs, !runs),
+                "{file:?}"
+            );
+        }
     }
 
     #[test]

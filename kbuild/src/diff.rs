@@ -60,6 +60,10 @@ pub enum DiffError {
     },
 }
 
+/// Why files of [`Part::Apart`] are refused.
+pub(crate) const APART: &str =
+    "this runs before the kernel, or in user space, and is no part of the kernel's text";
+
 /// Names of files, for people.
 pub(crate) struct Files<'a>(pub(crate) &'a [PathBuf]);
 
@@ -99,7 +103,7 @@ pub(crate) enum Part {
 }
 
 /// Folders of such code, and of its headers.
-const APART: [&str; 7] = [
+const APART_FOLDERS: [&str; 7] = [
     "arch/x86/boot",
     "arch/x86/entry/vdso",
     "arch/x86/include/asm/vdso",
@@ -145,7 +149,7 @@ impl Part {
             (Some("scripts"), _) => return Self::Rule,
             _ => {}
         }
-        let apart = APART.iter().any(|folder| path.starts_with(folder));
+        let apart = APART_FOLDERS.iter().any(|folder| path.starts_with(folder));
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let ending = path.extension().unwrap_or_default().to_string_lossy();
         match &*ending {
@@ -206,10 +210,7 @@ impl Diff {
         }
         for (files, why) in [
             (moved, "files that come, go or move are not understood yet"),
-            (
-                apart,
-                "this runs before the kernel, or in user space, and is no part of the kernel's text",
-            ),
+            (apart, APART),
             (
                 linked,
                 "the kernel is made of this too, in a way that is not understood yet",

@@ -77,6 +77,23 @@ pub enum BuildError {
         /// What `patch` said.
         said: String,
     },
+    /// A file was compiled as it is without the change.
+    #[error(
+        "{} includes {} by a way that leads past the change: it was compiled without it",
+        by.display(),
+        file.display()
+    )]
+    Unchanged {
+        /// The file that the diff changes.
+        file: PathBuf,
+        /// What was compiled.
+        by: PathBuf,
+    },
+    /// How the kernel is linked changes.
+    #[error(
+        "the diff changes {0}, by which the kernel is linked: that cannot change in one that runs"
+    )]
+    LinkedOtherwise(&'static str),
     /// Nothing that the diff changes is built.
     #[error("the diff changes nothing that this configuration builds, only {}", Files(.0))]
     NotBuilt(Vec<PathBuf>),

@@ -13,7 +13,7 @@ use crate::apply::Moved;
 use crate::diff::Diff;
 use crate::error::{At, BuildError};
 use crate::orc::{Maker, Orc};
-use crate::tree::{Compiled, Tree};
+use crate::tree::{Compiled, LINKER_SCRIPT, Tree};
 use crate::{code, wide};
 
 /// One file before and after the fix.
@@ -138,15 +138,33 @@ impl Tree {
     ) -> Result<Built, BuildError> {
         let files = affected.files();
         let offsets = self.offsets();
+        let linker_script = || match affected.linker_script {
+            true => self.linker_script().map(Some),
+            false => Ok(None),
+        };
+        let script = linker_script()?;
         let moved = self.apply(diff)?;
         step(&format!("compiling with the change: {} files", files.len()));
         let new = self.compile(&files).map_err(of_change)?;
+        let used = self.made_of(&files, diff)?;
+        if linker_script().map_err(of_change)? != script {
+            return Err(BuildError::LinkedOtherwise(LINKER_SCRIPT));
+        }
         let other = offsets.iter().zip(self.offsets());
         let other = other.zip(OFFSETS).find(|((old, new), _)| *old != new);
         if let Some((_, name)) = other {
             return Err(BuildError::Offsets(name));
         }
         let mut left_out = affected.left_out.clone();
+        let told: Vec<_> = left_out.iter().map(|left| left.file.clone()).collect();
+        let unused = diff.files().into_iter().filter(|file| !used.contains(file));
+        let unused = unused
+            .map(Path::to_owned)
+            .filter(|file| !told.contains(file));
+        left_out.extend(unused.map(|file| LeftOut {
+            file,
+            why: Why::NotIncluded,
+        }));
         let mut pairs = Vec::new();
         for (file, (old, new)) in files.into_iter().zip(old.iter().zip(new)) {
             if affected.includers.contains(&file) && code::is_same(&old.object, &new.object) {

@@ -9,6 +9,7 @@ use memchr::memmem;
 
 use crate::diff::{Part, is_plain};
 use crate::error::{At, BuildError};
+use crate::tree::LINKER_SCRIPT;
 
 /// Where `<FILE>` is looked for (Linux v6.12 Makefile, LINUXINCLUDE and USERINCLUDE). Generated headers are left out: those of
 /// `asm` lead to `asm-generic`, the others include nothing.
@@ -100,6 +101,16 @@ impl Includes {
         seen.into_iter().map(Path::to_owned).collect()
     }
 
+    /// Whether a file includes another by the way from it to there.
+    pub(crate) fn is_beside(&self, by: &Path, file: &Path) -> bool {
+        let last = file.file_name().unwrap_or_default().to_string_lossy();
+        let lines = self.lines.get(&*last).into_iter().flatten();
+        let folder = by.parent().unwrap_or(Path::new(""));
+        let mut quoted =
+            lines.filter(|line| line.quoted && self.files.get(line.by).is_some_and(|it| it == by));
+        quoted.any(|line| normal(&folder.join(&line.name)).as_deref() == Some(file))
+    }
+
     /// The last parts of the names of all that is included though it looks like a file that is compiled.
     pub(crate) fn included_sources(&self) -> BTreeSet<String> {
         let names = self.lines.keys().filter(|name| is_source(name));
@@ -107,7 +118,7 @@ impl Includes {
     }
 
     /// The files with a line that may lead to this one.
-    fn includers<'a>(&'a self, file: &'a Path) -> impl Iterator<Item = &'a Path> + 'a {
+    pub(crate) fn includers<'a>(&'a self, file: &'a Path) -> impl Iterator<Item = &'a Path> + 'a {
         let last = file.file_name().unwrap_or_default().to_string_lossy();
         let lines = self.lines.get(&*last).into_iter().flatten();
         lines.filter_map(move |line| {
@@ -159,7 +170,9 @@ fn list(source: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Bu
 
 /// Whether a file may be included or compiled. What an editor leaves has a name that the kernel's files never have.
 fn counts(path: &Path) -> bool {
-    matches!(Part::of(path), Part::Source | Part::Header) && is_plain(path)
+    let part = Part::of(path);
+    let script = path == Path::new(LINKER_SCRIPT).with_added_extension("S");
+    (matches!(part, Part::Source | Part::Header | Part::Apart) || script) && is_plain(path)
 }
 
 /// What some files have to do with including.

@@ -28,6 +28,7 @@ mod hunk;
 mod includes;
 mod lines;
 mod lock;
+mod made;
 mod orc;
 pub mod publish;
 pub mod running;

@@ -18,12 +18,16 @@ use crate::fresh::Seen;
 use crate::headers;
 use crate::includes::{self, Includes};
 use crate::lock::Lock;
+use crate::made;
 use crate::publish;
 use crate::shadow::Shadow;
 
 /// What is added to the kernel's own flags: each function and each datum in a section of its own, so that a change is
 /// seen where it is.
 pub const FLAGS: &str = "KCFLAGS=-ffunction-sections -fdata-sections";
+
+/// The script by which the kernel is linked, in the folder of what is made; its source has `.S` behind.
+pub(crate) const LINKER_SCRIPT: &str = "arch/x86/kernel/vmlinux.lds";
 
 /// Characters of the digest that names a tree in the cache.
 const NAME: usize = 16;
@@ -214,12 +218,21 @@ impl Tree {
         objects.iter().map(|object| self.compiled(object)).collect()
     }
 
+    /// Makes the script by which the kernel is linked, as the tree stands.
+    pub(crate) fn linker_script(&self) -> Result<Vec<u8>, BuildError> {
+        let made = self.out.join(LINKER_SCRIPT);
+        if made.exists() {
+            fs::remove_file(&made).at(&made)?;
+        }
+        self.make(&[LINKER_SCRIPT])?;
+        fs::read(&made).at(&made)
+    }
+
     fn compiled(&self, object: &Path) -> Result<Compiled, BuildError> {
-        let (made, by) = (self.out.join(object), self.out.join(made_by(object)));
-        let by = fs::read_to_string(&by).at(&by)?;
+        let made = self.out.join(object);
         Ok(Compiled {
             object: fs::read(&made).at(&made)?,
-            module: module(&by),
+            module: made::module(&self.made_by(object)?),
         })
     }
 
@@ -330,40 +343,9 @@ fn name(source: &Path, config: &str, compiler: &Compiler) -> Result<String, Buil
     Ok(hex.get(..NAME).unwrap_or_default().to_owned())
 }
 
-/// The file in which the kernel's build keeps how it made an object.
-fn made_by(object: &Path) -> PathBuf {
-    let name = object.file_name().unwrap_or_default().to_string_lossy();
-    object.with_file_name(format!(".{name}.cmd"))
-}
-
-/// The module that an object was compiled for (Linux v6.12 scripts/Makefile.lib, `modkern_cflags`, `modname_flags`).
-fn module(made_by: &str) -> Option<String> {
-    let mut words = made_by.lines().next()?.split_ascii_whitespace();
-    let name = |word: &str| {
-        let name = word.strip_prefix("-DKBUILD_MODNAME=")?;
-        Some(name.trim_matches(['\'', '"', '\\']).to_owned())
-    };
-    words
-        .clone()
-        .any(|word| word == "-DMODULE")
-        .then(|| words.find_map(name))?
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_module_is_read_from_how_an_object_was_made() {
-        let built_in = "savedcmd_fs/a.o := gcc-12 -c -DKBUILD_MODFILE='\"fs/a\"' -DKBUILD_MODNAME='\"a\"' -o fs/a.o ../fs/a.c\n";
-        assert_eq!(module(built_in), None);
-        let of_module = built_in
-            .replace("-c ", "-c -DMODULE ")
-            .replace("NAME='\"a\"'", "NAME='\"ext4\"'");
-        assert_eq!(module(&of_module).as_deref(), Some("ext4"));
-        assert_eq!(module(""), None);
-        assert_eq!(made_by(Path::new("fs/a.o")), Path::new("fs/.a.o.cmd"));
-    }
 
     #[test]
     fn a_folder_that_is_no_source_is_told() {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vmpatch_kbuild::fix::Built;
+use vmpatch_kbuild::fix::{Built, Why};
 use vmpatch_kbuild::{BuildError, Diff, Tree};
 
 /// A source, a configuration and a cache.
@@ -191,4 +191,103 @@ fn what_the_source_has_become_is_compiled_and_what_includes_it_found() {
         );
     }
     assert_eq!(built.pairs.len(), 2);
+}
+
+#[test]
+fn a_way_past_the_change_is_refused_by_both_names() {
+    let small = Small::of(&[
+        (
+            "fs/Makefile",
+            "obj-y := a.o\nccflags-y := -I$(srctree)/lib/deep/..\n",
+        ),
+        ("fs/a.c", "#include \"x.h\"\n"),
+        ("lib/x.h", "const int x = 1;\n"),
+        ("lib/deep/y.h", ""),
+    ]);
+    let why = small.why(&diff("lib/x.h", 1, "const int x = 1;", "const int x = 2;"));
+    assert!(why.contains("fs/a.c includes lib/x.h"), "{why}");
+}
+
+#[test]
+fn what_makes_other_files_of_the_kernel_is_refused_by_name() {
+    let small = Small::of(&[
+        A,
+        ("Kbuild", "obj-y := fs/ lib/\n"),
+        ("lib/Makefile", "obj-y := crc.o\nhostprogs := gen\n"),
+        ("lib/crc.c", "#include \"poly.h\"\n"),
+        (
+            "lib/gen.c",
+            "#include \"poly.h\"\n#include <limits.h>\nint one;\n",
+        ),
+        ("lib/poly.h", "int poly;\n"),
+        ("include/linux/limits.h", "int limits;\n"),
+    ]);
+    for (file, line, text) in [("lib/gen.c", 3, "int one;"), ("lib/poly.h", 1, "int poly;")] {
+        let why = small.why(&(change_a() + &diff(file, line, text, "int two;")));
+        assert!(why.contains(file) && why.contains("runs this"), "{why}");
+    }
+    // That is the C library's.
+    let of_kernel = diff("include/linux/limits.h", 1, "int limits;", "int two;");
+    let built = small.build(&(change_a() + &of_kernel)).unwrap();
+    let left: Vec<_> = built
+        .left_out
+        .iter()
+        .map(|it| (&*it.file, it.why))
+        .collect();
+    let header = Path::new("include/linux/limits.h");
+    assert_eq!(left, [(header, Why::NotIncluded)]);
+}
+
+#[test]
+fn a_change_of_how_the_kernel_is_linked_is_refused() {
+    let small = Small::of(&[
+        A,
+        ("arch/x86/kernel/Makefile", ""),
+        (
+            "arch/x86/kernel/vmlinux.lds.S",
+            "#include <link.h>\nTHERE\n",
+        ),
+        ("include/link.h", "#define THERE 1\n#define NAME b\n"),
+        ("fs/a.c", "#include <link.h>\nint NAME = THERE;\n"),
+    ]);
+    let why = small.why(&diff(
+        "include/link.h",
+        1,
+        "#define THERE 1",
+        "#define THERE 2",
+    ));
+    assert!(why.contains("vmlinux.lds"), "{why}");
+    let hunk = diff("include/link.h", 2, "#define NAME b", "#define NAME c");
+    assert_eq!(small.build(&hunk).unwrap().pairs.len(), 1);
+}
+
+#[test]
+fn what_only_runs_apart_from_the_kernel_is_refused() {
+    let vdso = "arch/x86/entry/vdso/v.c";
+    let small = Small::of(&[
+        A,
+        ("lib/Makefile", ""),
+        ("lib/vdso.c", "int v;\n"),
+        (vdso, "#include \"../../../../lib/vdso.c\"\n"),
+        ("fs/both.h", "int w;\n"),
+        (
+            "arch/x86/entry/vdso/w.c",
+            "#include \"../../../../fs/both.h\"\n",
+        ),
+        (
+            "fs/a.c",
+            "const char a[] = \"before\";\n#include \"both.h\"\n",
+        ),
+    ]);
+    let why = small.why(&(change_a() + &diff("lib/vdso.c", 1, "int v;", "int w;")));
+    assert!(
+        why.contains("lib/vdso.c") && why.contains("user space"),
+        "{why}"
+    );
+    let built = small
+        .build(&diff("fs/both.h", 1, "int w;", "int u;"))
+        .unwrap();
+    let left = &built.left_out[0];
+    assert_eq!(left.file, Path::new("arch/x86/entry/vdso/w.c"));
+    assert_eq!(left.why, Why::Apart);
 }
