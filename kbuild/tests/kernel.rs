@@ -142,3 +142,30 @@ fn assembly_of_an_architecture_is_compiled() {
     let (old, new) = (code(&built.pairs[0].old), code(&built.pairs[0].new));
     assert!(old[".text"] != new[".text"]);
 }
+
+/// `include/trace/define_trace.h` includes it once more, by a way up from its own folder.
+#[test]
+fn a_header_with_trace_points_is_compiled_as_changed() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let file = "drivers/net/hyperv/netvsc_trace.h";
+    let line = "       TP_printk(\"dev=%s q=%u req=%#x type=%s msg_len=%u\",";
+    let diff = changed(&kernel, file, line, &line.replace("dev=", "device="));
+    let built = tree(&kernel).compile_both(&diff, 9, &|_| {}).unwrap();
+    let has = |object: &[u8]| memchr::memmem::find(object, b"device=%s q=%u").is_some();
+    assert!(built.pairs.iter().any(|pair| has(&pair.new)));
+    assert!(!built.pairs.iter().any(|pair| has(&pair.old)));
+}
+
+#[test]
+fn a_change_of_how_the_kernel_is_linked_is_refused() {
+    let Some(kernel) = Kernel::given() else {
+        return;
+    };
+    let file = "arch/x86/include/asm/orc_lookup.h";
+    let line = "#define LOOKUP_BLOCK_ORDER\t8";
+    let diff = changed(&kernel, file, line, &line.replace('8', "9"));
+    let why = tree(&kernel).compile_both(&diff, 9, &|_| {}).unwrap_err();
+    assert!(why.to_string().contains("vmlinux.lds"), "{why}");
+}
