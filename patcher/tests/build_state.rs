@@ -192,3 +192,83 @@ fn a_variable_that_another_file_cannot_bring_is_refused_where_it_is_used() {
     let said: Vec<_> = report.refused().collect();
     assert!(said[0].contains("per-CPU"), "{said:?}");
 }
+
+#[test]
+fn tables_of_labels_lead_into_the_new_body() {
+    let run = |storage: &str| {
+        format!(
+            "int run(int n) {{ {storage} void *const tbl[] = {{ &&a, &&b, &&c }}; goto *tbl[n];
+            a: return n * 3; b: use(&n); return n + 5; c: return n - 7; }}"
+        )
+    };
+    let old = run("static const");
+    let (patch, _) = patch(&old, &old.replace("n + 5", "n + 6"));
+    let names = named(&patch, &new_body(&patch).relocations);
+    assert!(
+        names.iter().any(|it| it.starts_with("own tbl")),
+        "{names:?}"
+    );
+    let table = patch
+        .sections
+        .iter()
+        .find(|it| it.name.contains("tbl"))
+        .unwrap();
+    assert_eq!(named(&patch, &table.relocations), ["own run"; 3]);
+
+    let old = run("static")
+        .replace("*const", "*")
+        .replace("goto", "use(tbl); goto");
+    let report = refused(&old, &old.replace("n + 5", "n + 6"));
+    let mut said = report.refused.iter();
+    assert!(
+        said.any(|it| it.reason.contains("leads into code that is replaced")),
+        "{report}"
+    );
+}
+
+#[test]
+fn a_changed_table_of_functions_is_refused_within_a_function_too() {
+    let old = "int a(int n) { return n; } int b(int n) { return n + 2; } struct ops { int (*f)(int), (*g)(int); };
+        int run(int n) { static const struct ops ops = { a, b }; use((void *)&ops); return n; }";
+    let report = refused(old, &old.replace("{ a, b }", "{ b, a }"));
+    let [only] = &report.refused[..] else {
+        panic!("{report}")
+    };
+    assert!(
+        only.name == "run" && only.reason.contains("ops.0 holds pointers"),
+        "{report}"
+    );
+    patch(old, &old.replace("return n; }", "return n + 1; }"));
+    let text =
+        "int run(int n) { static const char *const ops[] = { \"a\", \"b\" }; return *ops[n]; }";
+    patch(text, &text.replace("\"b\"", "\"b\", \"c\""));
+}
+
+#[test]
+fn numbered_entries_of_tables_are_known_by_what_they_hold() {
+    let entry = |number: u32, value: u32| {
+        format!(
+            "static const section(\"__table\") __attribute__((used)) int __UNIQUE_ID_x{number} = {value};"
+        )
+    };
+    let run = "int run(int n) { return n; }";
+    let old = format!("{} {run}", entry(4, 7));
+    let new = format!(
+        "{} {}",
+        entry(5, 7),
+        run.replace("return n", "return n + 1")
+    );
+    let (_, report) = patch(&old, &new);
+    assert_eq!(report.ignored, []);
+    let report = refused(&old, &format!("{} {} {run}", entry(5, 7), entry(6, 8)));
+    assert!(report.refused[0].name == "__UNIQUE_ID_x6", "{report}");
+
+    let info = |text: &str| {
+        format!(
+            "static const section(\".modinfo\") __attribute__((used)) char __UNIQUE_ID_license7[] = \"license={text}\"; {run}"
+        )
+    };
+    let report = nothing(&info("GPL"), &info("GPL v2"));
+    let said: Vec<_> = report.ignored.iter().map(|it| &*it.what).collect();
+    assert_eq!(said, ["license=GPL v2", "license=GPL"]);
+}

@@ -2,10 +2,11 @@
 //! initial values are refused. Owns that comparison; whether new data can be brought is
 //! [`super::policy`]'s, when code asks for it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::class::Class;
 use super::exports;
+use super::inventory::numbered_base;
 use super::key::{self, Content, Names, is_numbered_constant};
 use super::pair::Pairs;
 use super::policy;
@@ -25,6 +26,7 @@ pub(super) fn compare(old: &Side, new: &Side, pairs: &Pairs, report: &mut FileRe
     comparison.pairs(report);
     comparison.gone(report);
     comparison.come(report);
+    comparison.numbered(report);
     comparison.unnamed(report);
 }
 
@@ -86,7 +88,12 @@ impl Comparison<'_> {
         for (index, variable) in self.new.inventory.variables.iter().enumerate() {
             let section = self.new.object.section(variable.section);
             let known = self.pairs.old_of(index).is_some() || self.pairs.is_uncertain(index);
-            if known || policy::is_no_data(&section.name) || !acts_by_presence(section) {
+            let by_content = is_numbered_constant(self.new, index);
+            if known
+                || by_content
+                || policy::is_no_data(&section.name)
+                || !acts_by_presence(section)
+            {
                 continue;
             }
             record(
@@ -96,6 +103,45 @@ impl Comparison<'_> {
                 "new entries cannot be registered yet",
             );
         }
+    }
+
+    /// Read-only entries of such sections, and what modules say of themselves, whose names have a number that changes: known by
+    /// what they hold.
+    fn numbered(&self, report: &mut FileReport) {
+        let mut before = numbered_entries(self.old, &Names::default());
+        for (key, entries) in numbered_entries(self.new, self.names) {
+            let mut known = before.remove(&key).unwrap_or_default();
+            for (content, index) in entries {
+                match known.iter().position(|(it, _)| *it == content) {
+                    Some(at) => _ = known.swap_remove(at),
+                    None => {
+                        let name = Self::entry_name(self.new, index);
+                        record(
+                            report,
+                            &name,
+                            &key.0,
+                            "new entries cannot be registered yet",
+                        );
+                    }
+                }
+            }
+            before.insert(key, known);
+        }
+        for (_, index) in before.into_values().flatten() {
+            report.ignored.push(Ignored {
+                what: Self::entry_name(self.old, index),
+                reason: "only the old object has it; the guest keeps it".to_owned(),
+            });
+        }
+    }
+
+    fn entry_name(side: &Side, index: usize) -> String {
+        let it = side.variable(index);
+        if side.home_of_variable(index).name != policy::MODULE_INFORMATION {
+            return it.name.clone();
+        }
+        let text = side.text(it.section, it.start);
+        String::from_utf8_lossy(text.strip_suffix(&[0]).unwrap_or(text)).into_owned()
     }
 
     /// Sections without variables that are not pools: compared as a whole, by name.
@@ -133,7 +179,27 @@ pub(super) fn same(
         && content(new, names, ours) == content(old, &old_names, theirs)
 }
 
-fn content(side: &Side, names: &Names, variable: usize) -> Content {
+/// Section and base name of entries to what each holds, and which it is.
+type NumberedEntries = BTreeMap<(String, String), Vec<(Content, usize)>>;
+
+fn numbered_entries(side: &Side, names: &Names) -> NumberedEntries {
+    let mut found = NumberedEntries::new();
+    for (index, it) in side.inventory.variables.iter().enumerate() {
+        let section = side.home_of_variable(index);
+        let is_entry = acts_by_presence(section) && !policy::is_no_data(&section.name)
+            || section.name == policy::MODULE_INFORMATION;
+        let base = numbered_base(&it.name).filter(|_| is_numbered_constant(side, index));
+        if let Some(base) = base.filter(|_| is_entry) {
+            let key = (section.name.clone(), base.to_owned());
+            let content = content(side, names, index);
+            found.entry(key).or_default().push((content, index));
+        }
+    }
+    found
+}
+
+/// What a variable holds.
+pub(super) fn content(side: &Side, names: &Names, variable: usize) -> Content {
     let it = side.variable(variable);
     key::data(
         side,

@@ -6,6 +6,8 @@ use super::special::Special;
 
 /// The section of the descriptors of pr_debug.
 pub(super) const DYNAMIC_DEBUG: &str = "__dyndbg";
+/// What a module says of itself.
+pub(super) const MODULE_INFORMATION: &str = ".modinfo";
 /// How the sections of per-CPU variables begin.
 pub(super) const PER_CPU: &str = ".data..percpu";
 
@@ -82,6 +84,7 @@ pub(super) fn is_init(section: &str) -> bool {
 pub(super) fn ignored_data(section: &str) -> Option<&'static str> {
     match section {
         DYNAMIC_DEBUG => Some("the guest's pr_debug control keeps the old lines and texts"),
+        MODULE_INFORMATION => Some("what the guest says of the module stays as it was"),
         ".printk_index" => Some("the guest's printk index keeps the old entries"),
         _ if section.starts_with(".init.data") || section.starts_with(".init.rodata") => {
             Some("init data is gone after boot")

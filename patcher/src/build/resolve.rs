@@ -12,6 +12,9 @@ use super::site::{self, Resolver};
 use super::unit::Unit;
 use crate::object::SectionId;
 
+/// How deep constants that refer to constants are followed.
+const MAX_DEPTH: usize = 4;
+
 /// Names what new code and new data refer to.
 pub(super) struct NewResolver<'c, 'a> {
     pub(super) collector: &'c mut Collector<'a>,
@@ -159,8 +162,18 @@ impl NewResolver<'_, '_> {
             .name
             .clone();
         if is_numbered_constant(new, variable) {
-            if let Some(name) = self.same_constant(variable, target) {
+            let is_of_new_code = self.leads_into_replaced(variable, 0);
+            if let Some(name) = self.same_constant(variable, target)
+                && !is_of_new_code
+            {
                 return Some((self.collector.symbols.guest(&name), distance));
+            }
+            if !is_of_new_code && self.unit.is_changed_table(variable) {
+                let name = &new.variable(variable).name;
+                let reason =
+                    format!("{name} holds pointers that differ, and the guest has its own");
+                self.refuse(&section, &reason);
+                return None;
             }
             return Some((self.own(Thing::Variable(variable)), distance));
         }
@@ -172,6 +185,14 @@ impl NewResolver<'_, '_> {
                 self.refuse(home, "it refers to data that is gone after boot");
                 return None;
             }
+            if self.leads_into_replaced(variable, 0) {
+                let name = &new.variable(variable).name;
+                let reason = format!(
+                    "{name} leads into code that is replaced, and the guest's own into the old code"
+                );
+                self.refuse(home, &reason);
+                return None;
+            }
             return Some((self.collector.symbols.guest(name), distance));
         }
         if let Err(reason) = self.unit.can_bring(variable) {
@@ -179,6 +200,29 @@ impl NewResolver<'_, '_> {
             return None;
         }
         Some((self.own(Thing::Variable(variable)), distance))
+    }
+
+    /// Whether a table of labels leads to the inside of a new body, or a constant to such a table.
+    fn leads_into_replaced(&self, variable: usize, depth: usize) -> bool {
+        let new = &self.unit.new;
+        let it = new.variable(variable);
+        let end = it.start.saturating_add(it.size);
+        let fields = new.data_references(it.section, it.start, end);
+        let is_new = |function: usize| {
+            !matches!(
+                self.unit.verdicts[function],
+                Verdict::Same | Verdict::LinesOnly
+            )
+        };
+        fields.iter().any(|it| match it.target.exact() {
+            Target::Function { function, distance } => distance != 0 && is_new(function),
+            Target::Variable { variable, .. } => {
+                depth < MAX_DEPTH
+                    && is_numbered_constant(new, variable)
+                    && self.leads_into_replaced(variable, depth + 1)
+            }
+            _ => false,
+        })
     }
 
     /// The old constant of the same content, if the constant holds pointers and there is just one: a table

@@ -5,10 +5,12 @@ use std::collections::BTreeSet;
 
 use super::compare::{self, Verdict};
 use super::exports::Exports;
-use super::key::Names;
+use super::inventory::numbered_base;
+use super::key::{Names, is_numbered_constant};
 use super::moves::{Before, Moves};
 use super::pair::{self, Pairs};
 use super::policy;
+use super::reference::Target;
 use super::report::{FileReport, Ignored, Refused};
 use super::side::Side;
 use super::unwind::Tables;
@@ -219,6 +221,28 @@ impl Unit {
         policy::new_data(section).map_err(|reason| format!("{reason} ({name})"))
     }
 
+    /// Whether a constant that tells by pointers what to do is not as before, and the guest may hold on to how it was: what code
+    /// and state it leads to is a matter of identity. Those that the compiler made have none.
+    pub(super) fn is_changed_table(&self, variable: usize) -> bool {
+        let base =
+            |side: &Side, it: usize| numbered_base(&side.variable(it).name).map(str::to_owned);
+        let of_compiler = |base: &str| base == "CSWTCH" || base.starts_with("C.");
+        let wanted = base(&self.new, variable).filter(|it| !of_compiler(it));
+        if wanted.is_none() || !leads_to_identity(&self.new, variable) {
+            return false;
+        }
+        let tables = |side: &Side, names: &Names| -> Vec<_> {
+            let all = 0..side.inventory.variables.len();
+            let same =
+                all.filter(|it| is_numbered_constant(side, *it) && base(side, *it) == wanted);
+            same.map(|it| data::content(side, names, it)).collect()
+        };
+        let after = tables(&self.new, &self.names);
+        let before = tables(&self.old, &Names::default());
+        before.iter().any(|it| !after.contains(it))
+            && !before.contains(&data::content(&self.new, &self.names, variable))
+    }
+
     /// A changed function is entered by a jump from the old one; its split-off parts come along with it. `at`: the file itself.
     pub(super) fn replacements(
         &self,
@@ -334,4 +358,17 @@ fn list_functions(
         }
     }
     report.unchanged = verdicts.iter().filter(|it| **it == Verdict::Same).count();
+}
+
+/// Whether a constant points to functions, to state, or to what other files define.
+fn leads_to_identity(side: &Side, variable: usize) -> bool {
+    let it = side.variable(variable);
+    let end = it.start.saturating_add(it.size);
+    let fields = side.data_references(it.section, it.start, end);
+    fields.iter().any(|it| match it.target.exact() {
+        Target::Outside { .. } => true,
+        Target::Function { distance, .. } => distance == 0,
+        Target::Variable { variable, .. } => side.home_of_variable(variable).flags.write,
+        _ => false,
+    })
 }
