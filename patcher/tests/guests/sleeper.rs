@@ -48,7 +48,9 @@ pub(crate) fn puts(
     let sleeps = |stack: &&Stack| {
         let frames = &stack.trace.frames;
         let calls = frames.iter().all(|frame| frame.kind == FrameKind::Call);
-        let kthread = stack.task.as_ref().is_some_and(|task| task.kernel_thread);
+        // Every CPU's idle task has number 0, so that is no way to find one again.
+        let task = stack.task.as_ref();
+        let kthread = task.is_some_and(|task| task.kernel_thread && task.pid > 0);
         let has_locals = || frames[CALLER + 1].sp.0 - frames[CALLER].sp.0 >= 64;
         kthread
             && calls
