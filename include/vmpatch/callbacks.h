@@ -15,6 +15,8 @@
  *  - interrupts are off, and must stay off;
  *  - it must not sleep: memory only by GFP_ATOMIC, no mutex, no cond_resched();
  *  - a lock that another CPU or the interrupted task holds is never given up: try, do not wait;
+ *  - no kernel_fpu_begin(): the registers of user space may still be in the CPU;
+ *  - what it counts up it must count down: ended within rcu_read_lock(), it would leave the interrupted task a reader;
  *  - it must not touch user memory, nor trap: a WARN, a BUG, a bad address or a fault that a fixup would mend ends it;
  *  - it has a time limit, 10 ms unless --callback-limit says otherwise.
  * A callback that breaks one of these is ended and the change is not made; what it wrote until then stays.

@@ -194,7 +194,8 @@ impl Quiet<'_> {
         if let Some(before) = &calls.before
             && let Err(why) = call(&mut *target, before)
         {
-            return Err(take_back(target, &[], why));
+            let has_run = why.has_run();
+            return Err(take_back(target, &[], (before, why), has_run));
         }
         let after_callback = |why: Attempt| match &calls.before {
             Some(before) => Attempt::AfterCallback {
@@ -208,7 +209,9 @@ impl Quiet<'_> {
         if let Some(after) = &calls.after
             && let Err(why) = call(&mut *target, after)
         {
-            return Err(after_callback(take_back(target, change.edits(), why)));
+            let has_run = why.has_run() || calls.before.is_some();
+            let why = take_back(target, change.edits(), (after, why), has_run);
+            return Err(after_callback(why));
         }
         // The last one that ran, for what may still fail.
         let report = target.resume().map_err(|why| match &calls.after {
@@ -223,20 +226,24 @@ impl Quiet<'_> {
     }
 }
 
-/// Ends a stop in which a callback failed: the edits are taken back. If some of it was executed the arena stays mapped, for the
-/// callback may have left something in the guest that points there.
+/// Ends a stop in which a callback failed: the edits are taken back. If some of it or of one before it was executed the arena stays
+/// mapped, for a callback may have left something in the guest that points there; and there is no other attempt then.
 fn take_back(
     mut target: Box<dyn StoppedTarget + '_>,
     written: &[Edit],
-    why: CallbackError,
+    (callback, why): (&CallbackRecord, CallbackError),
+    has_run: bool,
 ) -> Attempt {
-    if !why.has_run() || matches!(why, CallbackError::Machine(_)) {
+    if !has_run || matches!(why, CallbackError::Machine(_)) {
         // Dropping it undoes everything.
         return why.into();
     }
     let reversed: Vec<_> = written.iter().rev().map(Edit::reversed).collect();
     if let Err(why) = target.write(&reversed) {
-        return why.into();
+        return Attempt::AfterCallback {
+            callback: callback.into(),
+            why: Box::new(why.into()),
+        };
     }
     match target.resume() {
         // With or without the arena mapped, the text is as before.

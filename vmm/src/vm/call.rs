@@ -306,8 +306,13 @@ impl Run<'_> {
         wanted: impl Fn() -> bool,
         leave_at_once: &impl Fn(bool),
     ) -> Called {
-        leave_at_once(false);
         let stuck = loop {
+            // A kick that comes before the look is seen by it, one that comes after it by KVM.
+            leave_at_once(false);
+            if Instant::now() >= self.order.until || !wanted() {
+                leave_at_once(true);
+                return self.late();
+            }
             match exit::enter_for_call(self.fd, self.bus) {
                 Came::Gate => break None,
                 Came::Back | Came::Interrupted => {}
@@ -317,11 +322,6 @@ impl Run<'_> {
                     break Some(fault.to_string());
                 }
             }
-            if Instant::now() >= self.order.until || !wanted() {
-                leave_at_once(true);
-                return self.late();
-            }
-            leave_at_once(false);
         };
         leave_at_once(true);
         match stuck {
